@@ -1,0 +1,49 @@
+"""Hugging Face transformers: `attn_implementation="attnlab_moba"`, per-layer plans, and a cache for sparse decoding.
+
+    attnlab.hf.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="attnlab_moba")
+    attnlab.hf.set_plan(model, attnlab.hf.MoBAPlan(block_size=512, topk=8, full_layers="last:3"))
+    model.generate(**inputs, past_key_values=attnlab.hf.MoBADynamicCache(model.config))
+
+`attn_implementation="attnlab_full"` is dense attention through this library, as a baseline.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .plan import MoBAPlan, get_plan, set_plan
+
+if TYPE_CHECKING:
+    from .attention import DECODE_TOKENS
+    from .caches import MoBADynamicCache, MoBALayer
+
+__all__ = ["DECODE_TOKENS", "MoBADynamicCache", "MoBALayer", "MoBAPlan", "get_plan", "register", "set_plan"]
+
+_LAZY = {"DECODE_TOKENS": "attention", "MoBADynamicCache": "caches", "MoBALayer": "caches"}
+
+
+def register() -> None:
+    """Make `attnlab_moba` and `attnlab_full` known to transformers, with their mask function. Safe to repeat.
+
+    Supported: padding on either side, packed sequences (`cu_seq_lens_*` or restarting `position_ids`), grouped heads,
+    `scaling`, attention sinks, sliding windows (dense inside the window), encoders, latent attention's two head sizes,
+    dynamic caches, and static ones outside `torch.compile`. Refused with a ValueError: dropout, soft-capping, custom
+    and additive masks, position biases, attention weights, continuous batching.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as e:
+        raise ImportError("attnlab.hf needs transformers (pip install attnlab[hf])") from e
+    from .attention import full_forward, moba_forward
+    from .masks import padding_mask
+
+    for name, forward in (("attnlab_moba", moba_forward), ("attnlab_full", full_forward)):
+        AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, padding_mask)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,0 +1,364 @@
+"""MoBA: block attention with a parameter-free top-k gate (arXiv 2502.13189)."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import Call, Reasons, check_bool, check_int, check_qkv, check_scale, check_sinks, pick
+from .dispatch import cuda_reasons, portable_reasons, reference_reasons, triton_reasons
+from .kernels.moba.spec import Slots, Spec, cdiv, slots
+from .packs import Pack, check_values, pack
+from .reference import moba as reference
+from .states import fake_gradients, full_attention
+
+BACKENDS: dict[str, Reasons] = {
+    "cuda": cuda_reasons,
+    "triton": triton_reasons,
+    "portable": portable_reasons,
+    "reference": reference_reasons,
+}
+WORKSPACE_BYTES = 2 << 30
+
+
+class MoBASelection(NamedTuple):
+    """Which blocks each query attends.
+
+    `indices [B, Tq, H, slots]` int32: block numbers local to the sequence, `-1` for an unused slot. Slots hold the own
+    block (causal only), the sink blocks, the local blocks, then the gate's choices by falling score; `H` is the query
+    heads, or the KV heads under `routing="group"`. `scores`, same shape, float32: `q . centroid`, `+inf` for a block
+    chosen by rule, `-inf` for an unused slot.
+    """
+
+    indices: Tensor
+    scores: Tensor
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    routing: str = "head",
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    sinks: Tensor | None = None,
+    selection: MoBASelection | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the blocks a parameter-free gate chooses for each query.
+
+    Keys of a sequence are cut in blocks of `block_size`; a block's centroid is the float32 mean of its keys. A query
+    attends its own block (causally) and the `topk - 1` earlier blocks with the largest `q . centroid`, ties to the
+    lowest index, in one softmax. `topk=1` is the own block alone; `topk` of at least the number of blocks is full
+    attention. No gradient flows through the choice.
+
+    Args:
+        q: `[B, Tq, Hq, D]`, float16, bfloat16, float32 (float64: reference and portable only).
+        k, v: `[B, Tk, Hkv, D]`, `Hq % Hkv == 0`. With `Tq < Tk` queries sit at the end, and route as those rows of the
+            full computation would.
+        block_size: keys per block, any positive int.
+        topk: blocks per query, the own block included.
+        causal: `False` drops the causal mask and the own block's privilege: the `topk` best of all blocks.
+        scale: multiplies the softmax scores, not the gate's; `D ** -0.5` by default.
+        cu_seqlens_q, cu_seqlens_k: `[S + 1]` int32, for `S` sequences packed along `T` with `B == 1`.
+        routing: `"head"`, each query head chooses; `"group"`, the heads of a KV group sum their scores and share.
+        sink_blocks, local_blocks: the first blocks, and the blocks before the own one, that every query attends on top
+            of `topk`; they are no candidates of the gate.
+        sinks: `[Hq]`, one logit per head in the softmax's denominator, and so in the lse, without a value.
+        selection: replays a `MoBASelection` (of the same call) in place of the gate.
+        return_lse: also return the `lse`, differentiable.
+        deterministic: `True` promises bitwise equal reruns. `False` permits a backend to order sums freely; none does.
+        workspace_bytes: bound on the partial results that the kernels hold at once.
+        backend: `"auto"`, `"reference"`, `"portable"`, `"triton"` or `"cuda"`.
+
+    Returns:
+        `out [B, Tq, Hq, D]` in q's dtype, and `lse [B, Tq, Hq]` float32 (natural log, of scaled scores) if asked for.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        BackendError: an explicit backend cannot serve this call.
+
+    A NaN in a query makes that row's output NaN. A NaN in a key makes its block's centroid NaN, which ranks above every
+    number, so the rows that choose the block are NaN too: nothing is masked in silence.
+    """
+    fn = "moba_attention"
+    check_qkv(fn, q, k, v)
+    scale = check_scale(fn, scale, q.shape[3])
+    spec = _spec(fn, block_size, topk, causal, scale, routing, sink_blocks, local_blocks, workspace_bytes)
+    check_sinks(fn, sinks, q)
+    check_bool(fn, "return_lse", return_lse)
+    check_bool(fn, "deterministic", deterministic)
+    cu = pack(fn, q, k, cu_seqlens_q, cu_seqlens_k, causal)
+    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, BACKENDS)
+    replay = None if selection is None else _check_selection(fn, selection, q, k, spec, cu)
+    if name == "reference":
+        if cu.given:
+            check_values(fn, cu.cu_q, cu.cu_k, q.shape[1], k.shape[1], causal)
+        out, lse = reference.moba_attention(
+            q,
+            k,
+            v,
+            block_size=block_size,
+            topk=topk,
+            causal=causal,
+            scale=scale,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            routing=routing,
+            sink_blocks=sink_blocks,
+            local_blocks=local_blocks,
+            sinks=sinks,
+            indices=replay,
+        )
+        return (out, lse) if return_lse else out
+    if replay is None and name != "cuda" and topk + sink_blocks + local_blocks >= cdiv(cu.max_k, block_size):
+        return full_attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            scale=scale,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            return_lse=return_lse,
+            backend=name,
+        )
+    packed = tuple(x.flatten(0, 1) for x in (q, k, v))
+    if replay is None:
+        indices, _ = _select(packed[0].detach(), packed[1].detach(), cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, False, name)
+    else:
+        indices = replay.flatten(0, 1)
+    out, lse = _attention(*packed, sinks, indices, cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, name)
+    out, lse = out.view(q.shape), lse.view(q.shape[:3])
+    return (out, lse) if return_lse else out
+
+
+def moba_select(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    causal: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    routing: str = "head",
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    backend: str = "auto",
+) -> MoBASelection:
+    """The gate of `moba_attention` alone: same arguments, same errors. The result replays through `selection=`."""
+    fn = "moba_select"
+    check_qkv(fn, q, k)
+    spec = _spec(fn, block_size, topk, causal, 1.0, routing, sink_blocks, local_blocks, WORKSPACE_BYTES)
+    cu = pack(fn, q, k, cu_seqlens_q, cu_seqlens_k, causal)
+    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, BACKENDS)
+    q, k = q.detach(), k.detach()
+    if name == "reference":
+        if cu.given:
+            check_values(fn, cu.cu_q, cu.cu_k, q.shape[1], k.shape[1], causal)
+        found = reference.moba_select(
+            q,
+            k,
+            block_size=block_size,
+            topk=topk,
+            causal=causal,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            routing=routing,
+            sink_blocks=sink_blocks,
+            local_blocks=local_blocks,
+        )
+        return MoBASelection(found[0], found[1].float())
+    packed = (x.flatten(0, 1) for x in (q, k))
+    indices, scores = _select(*packed, cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, True, name)
+    shape = (*q.shape[:2], *indices.shape[1:])
+    return MoBASelection(indices.view(shape), scores.view(shape))
+
+
+def _spec(
+    fn: str,
+    block_size: int,
+    topk: int,
+    causal: bool,
+    scale: float,
+    routing: str,
+    sink_blocks: int,
+    local_blocks: int,
+    workspace_bytes: int,
+) -> Spec:
+    check_int(fn, "block_size", block_size, 1)
+    check_int(fn, "topk", topk, 1)
+    check_bool(fn, "causal", causal)
+    if routing not in ("head", "group"):
+        raise ValueError(f"{fn}: routing must be 'head' or 'group', got {routing!r}")
+    check_int(fn, "sink_blocks", sink_blocks, 0)
+    check_int(fn, "local_blocks", local_blocks, 0)
+    if local_blocks and not causal:
+        raise ValueError(f"{fn}: local_blocks needs causal=True, got local_blocks={local_blocks}")
+    check_int(fn, "workspace_bytes", workspace_bytes, 1)
+    return Spec(block_size, topk, causal, scale, routing == "group", sink_blocks, local_blocks, workspace_bytes)
+
+
+def _check_selection(fn: str, selection: MoBASelection, q: Tensor, k: Tensor, spec: Spec, cu: Pack) -> Tensor:
+    indices = selection.indices if isinstance(selection, MoBASelection) else selection
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int32:
+        raise TypeError(f"{fn}: selection must be a MoBASelection with int32 indices, got {type(selection).__name__}")
+    heads = k.shape[2] if spec.group else q.shape[2]
+    expected = [*q.shape[:2], heads, slots(spec, cu.max_k).total]
+    if list(indices.shape) != expected:
+        raise ValueError(f"{fn}: selection.indices must have shape {expected}, got {list(indices.shape)}")
+    if indices.device != q.device:
+        raise ValueError(f"{fn}: selection must be on q's device {q.device}, got {indices.device}")
+    return indices
+
+
+def _module(backend: str) -> ModuleType:
+    if backend == "portable":
+        from .kernels.moba import portable as module
+    else:
+        from .kernels.moba import launch as module
+    return module
+
+
+def _spec_and_slots(options: tuple) -> tuple[Spec, Slots]:  # type: ignore[type-arg]
+    *fields, max_k = options
+    spec = Spec(*fields)
+    return spec, slots(spec, max_k)
+
+
+def _gpu(backend: str) -> tuple[str, ...]:
+    return () if backend == "portable" else (backend,)
+
+
+@torch.library.custom_op("attnlab::moba_select", mutates_args=())
+def _select(
+    q: Tensor,
+    k: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    block_size: int,
+    topk: int,
+    causal: bool,
+    scale: float,
+    group: bool,
+    sink_blocks: int,
+    local_blocks: int,
+    workspace_bytes: int,
+    max_k: int,
+    given: bool,
+    want_scores: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if given:
+        check_values("moba_attention", cu_q, cu_k, len(q), len(k), causal)
+    spec = Spec(block_size, topk, causal, scale, group, sink_blocks, local_blocks, workspace_bytes)
+    indices, scores = _module(backend).select(q, k, cu_q, cu_k, spec, slots(spec, max_k), *_gpu(backend))
+    return indices, scores if want_scores else scores.new_empty(0)
+
+
+@_select.register_fake
+def _(q, k, cu_q, cu_k, *options):  # type: ignore[no-untyped-def]
+    *fields, max_k, _, want_scores, _ = options
+    spec, n = _spec_and_slots((*fields, max_k))
+    indices = q.new_empty(q.shape[0], k.shape[1] if spec.group else q.shape[1], n.total, dtype=torch.int32)
+    return indices, torch.empty_like(indices, dtype=torch.float32) if want_scores else q.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.custom_op("attnlab::moba_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    indices: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    block_size: int,
+    topk: int,
+    causal: bool,
+    scale: float,
+    group: bool,
+    sink_blocks: int,
+    local_blocks: int,
+    workspace_bytes: int,
+    max_k: int,
+    given: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if given:
+        check_values("moba_attention", cu_q, cu_k, len(q), len(k), causal)
+    spec = Spec(block_size, topk, causal, scale, group, sink_blocks, local_blocks, workspace_bytes)
+    n = slots(spec, max_k)
+    return _module(backend).forward(q, k, v, sinks, indices, cu_q, cu_k, spec, n, *_gpu(backend))[:2]
+
+
+@_attention.register_fake
+def _(q, k, v, *options):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("attnlab::moba_attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    block_size: int,
+    topk: int,
+    causal: bool,
+    scale: float,
+    group: bool,
+    sink_blocks: int,
+    local_blocks: int,
+    workspace_bytes: int,
+    max_k: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spec = Spec(block_size, topk, causal, scale, group, sink_blocks, local_blocks, workspace_bytes)
+    n = slots(spec, max_k)
+    dq, dk, dv, dsinks = _module(backend).backward(
+        dout, dlse, q, k, v, sinks, out, lse, indices, cu_q, cu_k, spec, n, *_gpu(backend)
+    )
+    return dq, dk, dv, lse.new_empty(0) if dsinks is None else dsinks
+
+
+@_attention_backward.register_fake
+def _(dout, dlse, q, k, v, sinks, out, lse, *_):  # type: ignore[no-untyped-def]
+    return fake_gradients(q, k, v, sinks, lse)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, sinks, indices, cu_q, cu_k, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, sinks, indices, cu_q, cu_k, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+    q, k, v, sinks, indices, cu_q, cu_k, out, lse = ctx.saved_tensors
+    *options, _, backend = ctx.options
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv, dsinks = _attention_backward(dout, dlse, q, k, v, sinks, out, lse, indices, cu_q, cu_k, *options, backend)
+    return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype), *[None] * 14
+
+
+_attention.register_autograd(_autograd, setup_context=_setup)

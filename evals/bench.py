@@ -1,0 +1,220 @@
+"""`python -m attnlab.evals.bench`: this library against dense SDPA and FlexAttention, in one process."""
+
+import argparse
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attnlab.evals import bench_cases as bc
+from attnlab.evals import report
+from attnlab.evals.bench_check import Disagreement, check
+from attnlab.evals.bench_flex import flex_contenders
+from attnlab.evals.measure import Spread, environment, in_child, interleave, ratio, spread
+from attnlab.evals.progress import Progress
+
+Row = dict[str, Any]
+LEAST_SAMPLE_S = 0.05
+
+
+class Bench:
+    """A run's options, and the rows and notes it has gathered."""
+
+    def __init__(self, device: torch.device, cases: list[bc.Case], quick: bool, repeats: int | None):
+        self.device, self.quick, self.repeats = device, quick, repeats
+        self.shape = bc.GPU_SHAPE if device.type == "cuda" else bc.CPU_SHAPE
+        self.cases = cases
+        self.backends, refused = bc.serving(self.shape, device)
+        self.notes = [f"attnlab {name}: skipped, {why}" for name, why in refused.items()]
+        self.rows: list[Row] = []
+        self.progress = Progress(self._steps())
+
+    def run(self) -> None:
+        """Check every case, then measure it. Raises Disagreement before the first timing."""
+        kinds = list(dict.fromkeys(case.kind for case in self.cases))
+        for case in self.cases:
+            for backend in self.backends:
+                self.progress.step(f"check {case} [{backend}]")
+                check(case, self.shape, self.device, backend)
+        for kind in kinds:
+            getattr(self, f"_{kind}")([case for case in self.cases if case.kind == kind])
+        self.progress.close()
+
+    def record(self) -> dict[str, Any]:
+        """Everything a table needs."""
+        about = {"environment": environment(self.device), "shape": str(self.shape)}
+        return about | {"quick": self.quick, "notes": self.notes, "rows": self.rows}
+
+    def _forward(self, cases: list[bc.Case]) -> None:
+        qkv = bc.make_qkv(self.shape, cases[0].length, self.device)
+        contenders = {"sdpa": functools.partial(bc.sdpa, *bc.heads_first(*qkv))}
+        for case in cases:
+            named = bc.forward_contenders(case, qkv, self.backends)
+            contenders |= {f"{case} [{name}]": fn for name, fn in named.items()}
+        samples = self._time(contenders, cases[0])
+        for case in cases:
+            ours = {name: samples[f"{case} [{name}]"] for name in self.backends}
+            self._speed_rows(case, {"sdpa": samples["sdpa"], **ours})
+
+    def _training(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            qkv = bc.make_qkv(self.shape, case.length, self.device)
+            self._speed_rows(case, self._time(bc.training_contenders(case, qkv, self.backends), case))
+        if self.device.type == "cpu":
+            self.notes.append("FlexAttention, training: skipped, it has no backward on the CPU")
+
+    def _decode(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            contenders = bc.decode_contenders(case, self.shape, self.device, self.backends)
+            self._speed_rows(case, self._time(contenders, case, LEAST_SAMPLE_S))
+
+    def _flex(self, cases: list[bc.Case]) -> None:
+        if self.quick:
+            self.notes.append("FlexAttention: skipped under --quick, compiling it takes half a minute")
+            return
+        for case in cases:
+            qkv = bc.make_qkv(self.shape, case.length, self.device)
+            ours = bc.forward_contenders(case, qkv, self.backends)
+            try:
+                flex = flex_contenders(case, qkv)
+            except Exception as e:  # torch.compile's failures share no type
+                self.notes.append(f"FlexAttention: skipped, {(str(e).strip().splitlines() or [type(e).__name__])[0]}")
+                return
+            self._agree(case, flex["flex same blocks"](), ours[self.backends[0]]())
+            dense = functools.partial(bc.sdpa, *bc.heads_first(*qkv))
+            self._speed_rows(case, self._time({"sdpa": dense, **flex, **ours}, case))
+
+    def _agree(self, case: bc.Case, flex: torch.Tensor, ours: torch.Tensor) -> None:
+        error = (flex.transpose(1, 2).double() - ours.double()).abs().max().item()
+        if not error <= 16 * torch.finfo(ours.dtype).eps * ours.abs().max().item():
+            raise Disagreement(f"{case}: FlexAttention with the same blocks differs by {error:.1e}")
+
+    def _memory(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            for name in self.backends:
+                self._memory_row(case, name, case.length)
+        # A fixed multiple of q's size at any length, and dense takes minutes at the full one.
+        self._memory_row(cases[0], "sdpa", cases[0].length // 4)
+
+    def _memory_row(self, case: bc.Case, contender: str, length: int) -> None:
+        self.progress.step(f"memory T={length} [{contender}]")
+        routing = {**case.routing, "shape": vars(self.shape), "device": str(self.device)}
+        peak = in_child("attnlab.evals.bench_cases:forward_peak", length=length, contender=contender, **routing)
+        if peak["bytes"] is None:
+            self.notes.append(f"memory [{contender}]: skipped, this system has no high-water mark to read")
+            return
+        held, share = peak["bytes"] / 2**20, peak["bytes"] / peak["q_bytes"]
+        target = None if contender == "sdpa" else case.target
+        met = None if target is None else share <= target
+        figure = Spread(share, share, share, 1)
+        self.rows.append(_row(case, contender, "MiB", Spread(held, held, held, 1), figure, target, met, length=length))
+
+    def _growth(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            samples = self._time(bc.growth_contenders(case, self.shape, self.device, self.backends), case)
+            for backend in self.backends:
+                for part in ("whole", "gate", "rest"):
+                    self._growth_rows(case, backend, part, samples)
+
+    def _growth_rows(self, case: bc.Case, backend: str, part: str, samples: dict[str, list[float]]) -> None:
+        lengths = bc.growth_lengths(case)
+        each = {n: [s / n * 1e9 for s in samples[f"{part} {backend} {n}"]] for n in lengths}
+        medians = {n: spread(values).p50 for n, values in each.items()}
+        growth = max(medians.values()) / min(medians.values())
+        for length, values in each.items():
+            last = length == lengths[-1]
+            target = case.target if last and part == "rest" else None
+            figure = Spread(growth, growth, growth, len(values)) if last else None
+            met = None if target is None else growth <= target
+            row = _row(case, backend, "ns/token", spread(values), figure, target, met, length=length)
+            self.rows.append(row | {"part": part})
+
+    def _time(self, contenders: bc.Contenders, case: bc.Case, least_s: float = 0.0) -> dict[str, list[float]]:
+        def tick(name: str) -> None:
+            self.progress.step(f"{case.kind} T={case.length}: {name}")
+
+        return interleave(contenders, self.repeats or case.repeats, device=self.device, least_s=least_s, tick=tick)
+
+    def _speed_rows(self, case: bc.Case, samples: dict[str, list[float]]) -> None:
+        for name, seconds in samples.items():
+            figure = None if name == "sdpa" else ratio(samples["sdpa"], seconds)
+            target = case.target if name in self.backends else None
+            met = None if target is None or figure is None else figure.p50 >= target
+            taken = spread([s * 1e3 for s in seconds])
+            self.rows.append(_row(case, name, "ms", taken, figure, target, met))
+
+    def _steps(self) -> int:
+        ours, steps, dense_forward = len(self.backends), len(self.cases) * len(self.backends), 1
+        for case in self.cases:
+            rounds = (self.repeats or case.repeats) + 1
+            per_round = {"training": 1 + ours, "decode": 1 + ours, "growth": 12 * ours}.get(case.kind, ours)
+            if case.kind == "forward":
+                per_round, dense_forward = ours + dense_forward, 0
+            if case.kind == "flex":
+                per_round = 0 if self.quick else 3 + ours
+            steps += ours + (case is self.cases[-1]) if case.kind == "memory" else per_round * rounds
+        return steps
+
+
+def _row(
+    case: bc.Case,
+    contender: str,
+    unit: str,
+    taken: Spread,
+    figure: Spread | None,
+    target: float | None,
+    met: bool | None,
+    length: int | None = None,
+) -> Row:
+    name = contender if contender == "sdpa" or contender.startswith("flex") else f"attnlab {contender}"
+    row = {"kind": case.kind, "length": length or case.length, **case.routing, "contender": name, "part": "whole"}
+    row |= {"unit": unit, "p20": taken.p20, "p50": taken.p50, "p80": taken.p80, "n": taken.n}
+    low, middle, high = (None, None, None) if figure is None else figure[:3]
+    return row | {"figure_p20": low, "figure": middle, "figure_p80": high, "target": target, "met": met}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small lengths, seconds, no targets, no FlexAttention")
+    parser.add_argument("--only", help="comma-separated kinds out of: " + ", ".join(bc.KINDS))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench"), help="folder for the record")
+    parser.add_argument("--repeats", type=int, help="rounds per case instead of each case's own number")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = parser.parse_args(argv)
+    if options.repeats is not None and options.repeats < 1:
+        parser.error(f"--repeats must be a positive int, got {options.repeats}")
+    options.kinds = bc.KINDS if options.only is None else tuple(options.only.split(","))
+    if unknown := [kind for kind in options.kinds if kind not in bc.KINDS]:
+        parser.error(f"--only knows {', '.join(bc.KINDS)}, got {', '.join(map(repr, unknown))}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is available")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out must be a folder, {options.out} is a file")
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 when the library and the reference disagree. A missed target is reported, not an error."""
+    options = parse(argv)
+    device = torch.device(options.device)
+    chosen = [case for case in bc.cases(device, options.quick) if case.kind in options.kinds]
+    bench = Bench(device, chosen, options.quick, options.repeats)
+    try:
+        bench.run()
+    except Disagreement as e:
+        print(f"\nbench: no speed is reported, results are wrong: {e}", file=sys.stderr)
+        return 1
+    record = bench.record()
+    print(report.markdown(record))
+    for path in report.write(record, options.out, f"bench-{report.slug(record)}"):
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""`make gpu`: the tests on this machine's GPU, then its sanitizers, then the record of what passed.
+
+Nothing is installed and nothing is fetched. A (function, backend) pair enters `kernels/verified.json` for this GPU when
+some test ran it there and passed, no test that ran it failed, no failed test names its backend, and no sanitizer
+complained; `backend="auto"` uses what is listed.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from attnlab.evals.measure import ROOT, environment
+
+GPU_BACKENDS = ("triton", "cuda")
+TOOLS = ("memcheck", "racecheck")
+IGNORED = ("tests/test_layering.py", "tests/test_packaging.py")  # they say nothing about a GPU
+FOUND_ERRORS = 99
+Row = dict[str, Any]
+
+
+def run_tests(select: str | None) -> tuple[list[Row], int]:
+    """One row per test (`gpu_record`), and pytest's exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "tests.json")
+        command = [sys.executable, "-m", "pytest", "-q", "--durations=10", "-p", "attnlab.evals.gpu_record"]
+        command += ["--gpu-record", str(file), *(f"--ignore={path}" for path in IGNORED)]
+        command += ["-k", select] if select else []
+        status = subprocess.run(command, cwd=ROOT, env=_env()).returncode
+        return (json.loads(file.read_text()) if file.exists() else []), status
+
+
+def sanitize(backend: str) -> dict[str, str]:
+    """What each tool of compute-sanitizer says of a small run: "clean", or why not."""
+    program = _sanitizer()
+    if program is None:
+        return dict.fromkeys(TOOLS, "compute-sanitizer not found")
+    # The caching allocator hands out slices of large blocks, where an access past the end is invisible.
+    env = {**_env(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    said = {}
+    for tool in TOOLS:
+        command = [program, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS)]
+        command += [sys.executable, "-m", "attnlab.evals.gpu", "--exercise", backend]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        said[tool] = {0: "clean", FOUND_ERRORS: "errors"}.get(done.returncode, f"did not run (exit {done.returncode})")
+        print(f"{backend} {tool}: {said[tool]}", flush=True)
+        if done.returncode:
+            print("\n".join((done.stdout + done.stderr).splitlines()[-40:]), flush=True)
+    return said
+
+
+def exercise(backend: str) -> None:
+    """Every kernel of a backend once, on shapes whose tiles are all partial."""
+    import attnlab
+
+    torch.manual_seed(0)
+    for dtype, routing in ((torch.bfloat16, "head"), (torch.float16, "group")):
+        q = torch.randn(2, 333, 4, 80, device="cuda", dtype=dtype, requires_grad=True)
+        k, v = (torch.randn(2, 333, 2, 80, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+        sparse = attnlab.moba_attention(q, k, v, block_size=48, topk=3, routing=routing, backend=backend)
+        sparse.float().square().sum().backward()
+        if backend == "triton":
+            dense = attnlab.full_attention(q, k, v, backend=backend)
+            dense.float().square().sum().backward()
+            outs, lses = (
+                torch.randn(3, 1, 50, 4, 80, device="cuda", dtype=dtype),
+                torch.randn(3, 1, 50, 4, device="cuda"),
+            )
+            attnlab.merge_states(outs, lses, backend=backend)
+            _exercise_decode(k.detach(), v.detach(), q[:, :1].detach())
+    torch.cuda.synchronize()
+
+
+def _exercise_decode(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
+    import attnlab
+
+    if not hasattr(attnlab, "MoBACache"):
+        return
+    cache = attnlab.MoBACache(k.shape[0], 400, k.shape[2], k.shape[3], block_size=48, dtype=k.dtype, device=k.device)
+    cache.append(k, v)
+    attnlab.moba_decode(q, cache, topk=3, backend="triton")
+
+
+def verdicts(rows: Iterable[Row], sanitizers: dict[str, dict[str, str]]) -> list[Row]:
+    """`{kernel, backend, passed, failed, verified}` of every pair some test ran on the GPU."""
+    rows = list(rows)
+    failed = [row for row in rows if row["outcome"] == "failed"]
+    pairs = sorted({(fn, backend) for row in rows for fn, backend in row["used"] if backend in GPU_BACKENDS})
+    found = []
+    for fn, backend in pairs:
+        ran = [row for row in rows if [fn, backend] in [list(pair) for pair in row["used"]]]
+        passes, fails = (sum(row["outcome"] == outcome for row in ran) for outcome in ("passed", "failed"))
+        blamed = fails or any(backend in row["test"] for row in failed)
+        dirty = any(said == "errors" for said in sanitizers.get(backend, {}).values())
+        verified = bool(passes and not blamed and not dirty)
+        found.append({"kernel": fn, "backend": backend, "passed": passes, "failed": fails, "verified": verified})
+    return found
+
+
+def save_verified(record: Row, file: pathlib.Path) -> None:
+    """Replace this GPU's rows in `kernels/verified.json`, by atomic rename."""
+    data = json.loads(file.read_text())
+    stamp = {"gpu": record["gpu"], **{name: record[name] for name in ("driver", "commit", "date", "versions")}}
+    rows = [row for row in data["verified"] if row["gpu"] != record["gpu"]]
+    rows += [{"kernel": v["kernel"], "backend": v["backend"], **stamp} for v in record["kernels"] if v["verified"]]
+    data["verified"] = sorted(rows, key=lambda row: (row["gpu"], row["kernel"], row["backend"]))
+    fresh = file.with_suffix(".json.new")
+    fresh.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(fresh, file)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
+    parser.add_argument("--select", help="run only tests matching this pytest -k expression; nothing is recorded")
+    parser.add_argument("--no-sanitize", action="store_true", help="skip compute-sanitizer")
+    parser.add_argument("--out", type=pathlib.Path, help="also copy the record and verified.json into this folder")
+    parser.add_argument("--exercise", choices=GPU_BACKENDS, help="only run each kernel of a backend once")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print(f"make gpu: no CUDA device is visible to PyTorch {torch.__version__}; nothing was run")
+        return 2
+    if args.exercise:
+        exercise(args.exercise)
+        return 0
+    start = time.perf_counter()
+    rows, status = run_tests(args.select)
+    if args.select or not rows:
+        return status
+    sanitizers = {} if args.no_sanitize else {backend: sanitize(backend) for backend in GPU_BACKENDS}
+    counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("passed", "failed", "skipped")}
+    seconds = round(time.perf_counter() - start, 1)
+    failures = [row["test"] for row in rows if row["outcome"] == "failed"]
+    record = {**environment("cuda"), **counts, "seconds": seconds, "failures": failures}
+    record |= {"sanitizers": sanitizers, "kernels": verdicts(rows, sanitizers)}
+    _save(record, args.out)
+    dirty = any(said == "errors" for tools in sanitizers.values() for said in tools.values())
+    return status or int(dirty)
+
+
+def _save(record: Row, out: pathlib.Path | None) -> None:
+    verified = ROOT / "kernels" / "verified.json"
+    save_verified(record, verified)
+    name = "".join(c if c.isalnum() else "-" for c in record["gpu"].lower())
+    file = ROOT / "evals" / "results" / f"gpu-{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    for v in record["kernels"]:
+        print(f"{v['kernel']:20} {v['backend']:8} {v['passed']} passed, {v['failed']} failed", end="")
+        print("" if v["verified"] else "  not verified")
+    print(
+        f"{record['gpu']}: {record['passed']} passed, {record['failed']} failed in {record['seconds']} s -> {file.name}"
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, out)
+        shutil.copy(verified, out)
+
+
+def _env() -> dict[str, str]:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return {**env, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+
+def _sanitizer() -> str | None:
+    """compute-sanitizer on the path, in CUDA_HOME, or beside nvcc."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and str(pathlib.Path(nvcc).resolve().parent.parent)]
+    places = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home)]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

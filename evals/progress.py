@@ -1,0 +1,43 @@
+"""A progress bar on a terminal, plain lines elsewhere; both on stderr, so that stdout holds results only."""
+
+import sys
+import time
+from typing import TextIO
+
+WIDTH = 24
+
+
+class Progress:
+    """Counts steps up to `total`; `step(what)` says what starts now."""
+
+    def __init__(self, total: int, stream: TextIO | None = None, every_s: float = 5.0):
+        self.total, self.done, self.every_s = max(total, 1), 0, every_s
+        self.stream = sys.stderr if stream is None else stream
+        self.live = self.stream.isatty()
+        self.start = self.last = time.monotonic()
+
+    def step(self, what: str) -> None:
+        """Announce the next step. Without a terminal, at most a line every `every_s` seconds, and always the first."""
+        now = time.monotonic()
+        if self.live or self.done == 0 or now - self.last >= self.every_s:
+            self._write(what, now)
+        self.done += 1
+
+    def close(self) -> None:
+        """Finish the line."""
+        self.done = self.total
+        self._write("done", time.monotonic())
+        if self.live:
+            self.stream.write("\n")
+            self.stream.flush()
+
+    def _write(self, what: str, now: float) -> None:
+        self.last = now
+        share = min(self.done / self.total, 1.0)
+        text = f"{share:4.0%} {now - self.start:5.0f} s  {what}"
+        if self.live:
+            bar = "#" * round(WIDTH * share)
+            self.stream.write(f"\r[{bar:<{WIDTH}}] {text}\x1b[K")
+        else:
+            self.stream.write(text + "\n")
+        self.stream.flush()

@@ -1,0 +1,127 @@
+"""Records to CSV, JSON and the markdown the README shows."""
+
+import csv
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+
+def slug(record: Record) -> str:
+    """Names a record's files after its device: `cpu`, `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", (record["environment"]["gpu"] or "cpu").lower()).strip("-")
+
+
+def write(record: Record, folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
+    """`stem.json`, `stem.csv` and `stem.md` in `folder`, which is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{stem}.{ending}" for ending in ("json", "csv", "md")]
+    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with paths[1].open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, fieldnames=list(record["rows"][0]) if record["rows"] else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(record["rows"])
+    paths[2].write_text(markdown(record), encoding="utf-8")
+    return paths
+
+
+def machine(record: Record) -> str:
+    """One line: what it ran on, and when."""
+    env = record["environment"]
+    versions = ", ".join(
+        f"{name} {env['versions'][name]}" for name in ("torch", "transformers") if name in env["versions"]
+    )
+    where = f"{env['gpu']} (driver {env['driver']})" if env["gpu"] else f"{env['cpu']}, {env['threads']} threads"
+    commit = f", commit {env['commit']}" if env["commit"] else ""
+    return f"{where}; {record['shape']}; Python {env['python']}, {versions}; {env['date']}{commit}."
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table, its columns padded so that it reads in a terminal too."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]]) + "\n"
+
+
+def markdown(record: Record) -> str:
+    """The whole record: machine, speed, FlexAttention, memory and growth, and what was skipped."""
+    parts = [machine(record) + "\n", _speed(record["rows"]), _flex(record["rows"]), _memory(record["rows"])]
+    parts += [_growth(record["rows"]), "".join(f"- {note}\n" for note in record["notes"])]
+    return "\n".join(part for part in parts if part)
+
+
+def _speed(rows: list[Row]) -> str:
+    dense = {_case(row): row for row in rows if row["contender"] == "sdpa" and row["unit"] == "ms"}
+    ours = [row for row in rows if row["kind"] in ("forward", "training", "decode") and row["contender"] != "sdpa"]
+    if not ours:
+        return ""
+    names = {"forward": "forward", "training": "forward + backward", "decode": "decode, 1 token"}
+    lines = [
+        (names[row["kind"]], *_where(row), row["contender"], *_against(dense[_case(row)], row), _goal(row, ">="))
+        for row in ours
+    ]
+    head = ("what", "tokens", "B", "k", "backend", "SDPA dense, ms", "MoBA, ms", "speed-up (p20-p80)", "target")
+    return table(head, lines)
+
+
+def _flex(rows: list[Row]) -> str:
+    ours = [row for row in rows if row["kind"] == "flex" and row["contender"].startswith("attnlab")]
+    cells = {(_case(row), row["contender"]): row for row in rows if row["kind"] == "flex"}
+    lines = []
+    for row in ours:
+        others = (cells[_case(row), name] for name in ("sdpa", "flex dense", "flex same blocks"))
+        lines.append((*_where(row), row["contender"], *map(_time, others), _time(row)))
+    head = ("tokens", "B", "k", "backend", "SDPA dense, ms", "Flex dense, ms", "Flex, same blocks, ms", "MoBA, ms")
+    return table(head, lines) if lines else ""
+
+
+def _memory(rows: list[Row]) -> str:
+    lines = [
+        (*_where(row), row["contender"], f"{row['p50']:.0f}", f"{row['figure']:.2f}", _goal(row, "<="))
+        for row in rows
+        if row["kind"] == "memory"
+    ]
+    head = ("tokens", "B", "k", "forward by", "peak over inputs, MiB", "times q's bytes", "target")
+    return table(head, lines) if lines else ""
+
+
+def _growth(rows: list[Row]) -> str:
+    ours = [row for row in rows if row["kind"] == "growth"]
+    lengths = sorted({row["length"] for row in ours})
+    lines = []
+    for last in (row for row in ours if row["length"] == lengths[-1]):
+        same = [row for row in ours if (row["contender"], row["part"]) == (last["contender"], last["part"])]
+        each = [f"{row['p50']:.0f}" for row in sorted(same, key=lambda row: row["length"])]
+        what = {"whole": "whole forward", "gate": "gate alone", "rest": "apart from the gate"}[last["part"]]
+        lines.append((last["contender"], what, *each, f"{last['figure']:.2f}", _goal(last, "<=")))
+    if not lines:
+        return ""
+    routing = f"ns per token, B={ours[0]['block_size']} k={ours[0]['topk']}"
+    return table(("backend", routing, *map(str, lengths), "largest / smallest", "target"), lines)
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return row["kind"], row["length"], row["block_size"], row["topk"]
+
+
+def _where(row: Row) -> tuple[str, str, str]:
+    return str(row["length"]), str(row["block_size"]), str(row["topk"])
+
+
+def _time(row: Row) -> str:
+    digits = 0 if row["p50"] >= 100 else 1 if row["p50"] >= 10 else 2
+    return f"{row['p50']:.{digits}f}"
+
+
+def _against(dense: Row, row: Row) -> tuple[str, str, str]:
+    return _time(dense), _time(row), f"{row['figure']:.1f}x ({row['figure_p20']:.1f}-{row['figure_p80']:.1f})"
+
+
+def _goal(row: Row, relation: str) -> str:
+    return "" if row["target"] is None else f"{relation} {row['target']:g}: {'met' if row['met'] else 'missed'}"

@@ -1,0 +1,67 @@
+"""Stage 1: the mean key of every block, in float32."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from .spec import Geometry, Spec
+from .tiles import TYPES, arch, load_rows, padded
+
+
+@triton.jit
+def centroids_kernel(
+    k,
+    out,
+    cu_k,
+    cu_blocks,
+    block_seq,
+    stride_t,
+    stride_h,
+    num_seqs,
+    block_size,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    block, head = tl.program_id(0), tl.program_id(1)
+    seq = tl.load(block_seq + block)
+    real = seq < num_seqs
+    begin = tl.load(cu_k + seq, mask=real, other=0)
+    end = tl.load(cu_k + seq + 1, mask=real, other=0)
+    start = begin + (block - tl.load(cu_blocks + seq, mask=real, other=0)) * block_size
+    length = tl.where(real, tl.minimum(block_size, end - start), 0)
+    row = tl.arange(0, BLOCK_N)
+    p_k = k + start.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for n in range(0, length, BLOCK_N):
+        total += load_rows(p_k + (n + row).to(tl.int64) * stride_t, n + row < length, D, BLOCK_D, False).to(tl.float32)
+    i_d = tl.arange(0, BLOCK_D)
+    mean = tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32)
+    tl.store(out + (block.to(tl.int64) * HKV + head) * D + i_d, mean, mask=i_d < D)
+
+
+def centroids(k: Tensor, geo: Geometry, spec: Spec) -> Tensor:
+    """`[num_blocks, Hkv, D]` float32; a partial last block is the mean of the keys it has, blocks past the last are 0."""
+    heads, dim = k.shape[1], k.shape[2]
+    out = torch.empty(geo.num_blocks, heads, dim, dtype=torch.float32, device=k.device)
+    if out.numel():
+        row = configs.get("moba.centroids", arch(k), dim, k.element_size())
+        centroids_kernel[geo.num_blocks, heads](
+            k, out, geo.cu_k, geo.cu_blocks, geo.block_seq, k.stride(0), k.stride(1), geo.cu_k.numel() - 1, spec.block_size,
+            HKV=heads, D=dim, BLOCK_D=padded(dim), **row,
+        )  # fmt: skip
+    return out
+
+
+def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
+    row = configs.get("moba.centroids", arch, head_dim, 4 if dtype == "fp32" else 2)
+    options = {name: row.pop(name) for name in ("num_warps", "num_stages")}
+    constexprs = {"HKV": 8, "D": head_dim, "BLOCK_D": padded(head_dim), **row}
+    signature = {"k": TYPES[dtype], "out": "*fp32", "cu_k": "*i32", "cu_blocks": "*i32", "block_seq": "*i32"}
+    signature |= dict.fromkeys(("stride_t", "stride_h", "num_seqs", "block_size"), "i32")
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    job = {"name": "moba.centroids", "fn": centroids_kernel, "signature": signature, "constexprs": constexprs}
+    return [job | {"options": options, "dot": False, "divisible": ["stride_t", "stride_h"]}]

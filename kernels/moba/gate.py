@@ -1,0 +1,226 @@
+"""Stage 2: each query's best blocks, streaming over tiles of centroids; scores never leave registers.
+
+A score and its block make one int64 key, ordered as float32 and then by falling block index. Keys are unique, so the best
+of them are exact under ties, and more than `WIDTH` of them come in rounds: the best below the worst of the round before.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from .spec import Geometry, Slots, Spec
+from .tiles import TYPES, arch, load_rows, most_items, padded, work_items
+
+WIDEST = 32
+NO_SCORE = tl.constexpr(-(2**31))
+NO_KEY = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def ordered(x):
+    """int32 that compares as float32 `x` does, with -0 equal to 0 and every NaN alike, above infinity."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    bits = tl.where(x == x, bits, 0x7FC00000)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def unordered(bits):
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_tf32(x):
+    """`x` as the sum of two numbers of 11 significant bits each, as TF32 holds; infinities and NaN stay in the first."""
+    fits = tl.abs(x) < 1e38
+    big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    big = tl.where(fits, big, x)
+    return big, tl.where(fits, x - big, 0.0)
+
+
+@triton.jit
+def affinity(b_q, b_c, PRODUCTS: tl.constexpr):
+    """Scores `[m, n]` as good as float32's, by two TF32 products where TF32 holds `b_q`, three where it does not, or FMA."""
+    b_c = tl.trans(b_c)
+    if PRODUCTS == 1:
+        s = tl.dot(b_q, b_c, input_precision="ieee")
+    else:
+        big, small = split_tf32(b_c)
+        if PRODUCTS == 2:
+            s = tl.dot(b_q, small, input_precision="tf32")
+        else:
+            b_q, rest = split_tf32(b_q)
+            s = tl.dot(rest, big, tl.dot(b_q, small, input_precision="tf32"), input_precision="tf32")
+        s = tl.dot(b_q, big, s, input_precision="tf32")
+    return s
+
+
+@triton.jit
+def put(indices, scores, p, block, mask, SCORES: tl.constexpr):
+    """Store blocks chosen by rule."""
+    tl.store(indices + p, block, mask=mask)
+    if SCORES:
+        tl.store(scores + p, tl.where(block >= 0, float("inf"), -float("inf")), mask=mask)
+
+
+@triton.jit
+def load_queries(p_q, m_t, stride_h, SUMMED: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr):
+    """float32 rows of q, added up over the heads that choose together."""
+    b_q = load_rows(p_q, m_t, D, DEPTH, False).to(tl.float32)
+    for j in tl.static_range(1, SUMMED):
+        b_q += load_rows(p_q + j * stride_h, m_t, D, DEPTH, False).to(tl.float32)
+    return b_q
+
+
+@triton.jit
+def best_keys(top, b_q, p_q, m_t, p_c, sink, stop, longest, below, stride_h, stride_c, PRODUCTS: tl.constexpr,
+              SUMMED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """Replace the worst keys of `top [m, w]` by better ones of blocks `sink <= n < stop[m]` whose key is under `below[m]`."""
+    i_n = tl.arange(0, BLOCK_N)
+    p_n = p_c + i_n * stride_c
+    for n in range(sink, longest, BLOCK_N):
+        if DEPTH >= D:
+            s = affinity(b_q, load_rows(p_n, n + i_n < longest, D, BLOCK_D, False), PRODUCTS)
+        else:
+            s = tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)
+            for d in tl.static_range(0, D, DEPTH):
+                b_d = load_queries(p_q + d, m_t, stride_h, SUMMED, D - d, DEPTH)
+                s += affinity(b_d, load_rows(p_n + d, n + i_n < longest, D - d, DEPTH, False), PRODUCTS)
+        p_n += BLOCK_N * stride_c
+        keys = (ordered(s).to(tl.int64) << 32) | (0x7FFFFFFF - n - i_n).to(tl.int64)[None, :]
+        keys = tl.where((n + i_n[None, :] < stop[:, None]) & (keys < below[:, None]), keys, NO_KEY)
+        best, worst = tl.max(keys, 1), tl.min(top, 1)
+        while tl.max((best > worst).to(tl.int32), 0) > 0:
+            top = tl.where((top == worst[:, None]) & (best > worst)[:, None], best[:, None], top)
+            keys = tl.where(keys == best[:, None], NO_KEY, keys)
+            best, worst = tl.max(keys, 1), tl.min(top, 1)
+    return top
+
+
+@triton.jit
+def gate_kernel(
+    q,
+    c,
+    indices,
+    scores,
+    owner,
+    first,
+    cu_q,
+    cu_blocks,
+    query_pos,
+    stride_t,
+    stride_h,
+    num_seqs,
+    block_size,
+    sink,
+    local,
+    picks,
+    slots,
+    CAUSAL: tl.constexpr,
+    SCORES: tl.constexpr,
+    HR: tl.constexpr,
+    HKV: tl.constexpr,
+    SUMMED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    item = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the longest rows come last: start with them
+    head = tl.program_id(1)
+    seq = tl.load(owner + item)
+    if seq >= num_seqs:
+        return
+    t = tl.load(cu_q + seq) + (item - tl.load(first + seq)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_t = t < tl.load(cu_q + seq + 1)
+    base = tl.load(cu_blocks + seq)
+    count = tl.load(cu_blocks + seq + 1) - base
+    p = (t.to(tl.int64) * HR + head) * slots
+    if CAUSAL:
+        own = tl.load(query_pos + t, mask=m_t, other=0) // block_size
+        put(indices, scores, p, own, m_t, SCORES)
+        p += 1
+    else:
+        own = tl.where(m_t, count, 0)
+    for j in range(sink):
+        put(indices, scores, p + j, tl.where(j < own, j, -1), m_t, SCORES)
+    for j in range(local):
+        put(indices, scores, p + sink + j, tl.where(own - 1 - j >= sink, own - 1 - j, -1), m_t, SCORES)
+    p += sink + local
+
+    p_q = q + t.to(tl.int64) * stride_t + head.to(tl.int64) * (SUMMED * stride_h)
+    b_q = load_queries(p_q, m_t, stride_h, SUMMED, D, BLOCK_D)
+    PRODUCTS: tl.constexpr = 1 if q.dtype.element_ty == tl.float32 else (2 if SUMMED == 1 else 3)
+
+    p_c = c + ((base + sink).to(tl.int64) * HKV + head // (HR // HKV)) * D
+    stop = own - local
+    longest = tl.max(stop, 0)
+    i_w = tl.arange(0, WIDTH)
+    below = tl.full([BLOCK_M], 2**63 - 1, tl.int64)
+    for done in range(0, picks, WIDTH):
+        top = tl.zeros([BLOCK_M, WIDTH], tl.int64) + (i_w.to(tl.int64) + NO_KEY)[None, :]
+        top = best_keys(top, b_q, p_q, m_t, p_c, sink, stop, tl.where(done < longest - sink, longest, 0), below, stride_h,
+                        HKV * D, PRODUCTS, SUMMED, D, BLOCK_D, BLOCK_N, DEPTH)  # fmt: skip
+        below = tl.min(top, 1)
+        top = tl.sort(top, dim=1, descending=True)
+        found = (top >> 32).to(tl.int32)
+        none = found == NO_SCORE
+        m = m_t[:, None] & (done + i_w < picks)[None, :]
+        at = p[:, None] + done + i_w[None, :]
+        tl.store(indices + at, tl.where(none, -1, 0x7FFFFFFF - (top & 0x7FFFFFFF).to(tl.int32)), mask=m)
+        if SCORES:
+            tl.store(scores + at, tl.where(none, -float("inf"), unordered(found)), mask=m)
+
+
+def gate(
+    q: Tensor, centroids: Tensor, geo: Geometry, spec: Spec, nslots: Slots, want_scores: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Fill every slot: `indices [Nq, Hr, slots]` int32 and, if wanted, float32 scores (`spec.py` says what is where)."""
+    nq, hq, dim = q.shape
+    hkv = centroids.shape[1]
+    hr = hkv if spec.group else hq
+    indices = torch.empty(nq, hr, nslots.total, dtype=torch.int32, device=q.device)
+    scores = torch.empty_like(indices, dtype=torch.float32) if want_scores else None
+    if indices.numel():
+        row = configs.get("moba.gate", arch(q), dim, q.element_size())
+        seqs, tile = geo.cu_q.numel() - 1, row["BLOCK_M"]
+        owner, first = work_items(geo.cu_q.diff(), tile, most_items(nq, seqs, tile))
+        gate_kernel[owner.numel(), hr](
+            q, centroids, indices, scores, owner, first, geo.cu_q, geo.cu_blocks, geo.query_pos, q.stride(0), q.stride(1),
+            seqs, spec.block_size, nslots.sink, nslots.local, nslots.picks, nslots.total,
+            CAUSAL=spec.causal, SCORES=want_scores, HR=hr, HKV=hkv, SUMMED=hq // hr, WIDTH=width(nslots.picks),
+            D=dim, BLOCK_D=padded(dim), **row,
+        )  # fmt: skip
+    return indices, scores
+
+
+def width(picks: int) -> int:
+    """How many picks one round keeps."""
+    return max(4, min(WIDEST, triton.next_power_of_2(picks)))
+
+
+def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
+    row = configs.get("moba.gate", arch, head_dim, 4 if dtype == "fp32" else 2)
+    options = {name: row.pop(name) for name in ("num_warps", "num_stages")}
+    signature = {"q": TYPES[dtype], "c": "*fp32", "indices": "*i32", "scores": "*fp32"}
+    signature |= dict.fromkeys(("owner", "first", "cu_q", "cu_blocks", "query_pos"), "*i32")
+    scalars = ("stride_t", "stride_h", "num_seqs", "block_size", "sink", "local", "picks", "slots")
+    signature |= dict.fromkeys(scalars, "i32")
+    jobs = []
+    for picks, summed in ((7, 1), (32, 1), (7, 4)):
+        constexprs = {"CAUSAL": True, "SCORES": False, "HR": 32 // summed, "HKV": 8, "SUMMED": summed}
+        constexprs |= {"WIDTH": width(picks), "D": head_dim, "BLOCK_D": padded(head_dim), **row}
+        jobs.append({
+            "name": f"moba.gate[{'group' if summed > 1 else 'head'},{width(picks)}]",
+            "fn": gate_kernel,
+            "signature": signature | dict.fromkeys(constexprs, "constexpr"),
+            "constexprs": constexprs,
+            "options": options,
+            "dot": dtype != "fp32",
+            "divisible": ["stride_t", "stride_h"],
+        })  # fmt: skip
+    return jobs

@@ -1,0 +1,7 @@
+"""Dense attention and the merge of attention states on Triton, under the names every backend of `states` has."""
+
+from .attention import attention
+from .attention_backward import attention_backward
+from .merge import merge, merge_backward
+
+__all__ = ["attention", "attention_backward", "merge", "merge_backward"]

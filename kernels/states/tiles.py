@@ -1,0 +1,94 @@
+"""What the Triton attention kernels share: cutting lists of rows into tiles, and moving rows in and out.
+
+The rows of a tile are (token, head) pairs: row `r` of a list is token `r // HEADS` and head `r % HEADS`, so that the query
+heads of one KV head share every key they read and short sequences still fill a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+def cdiv(a, b):
+    return (a + b - 1) // b
+
+
+def tile_bound(rows: int, lists: int, tile: int) -> int:
+    """The most tiles that `lists` lists of `rows` rows together can need; known from shapes alone."""
+    return rows // tile + min(rows, lists)
+
+
+def cut(counts: Tensor, tile: int, bound: int) -> tuple[Tensor, Tensor]:
+    """Cut lists of `counts` rows in tiles: each tile's list (`counts.numel()` past the last), and each list's first tile."""
+    first = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
+    first[1:] = torch.cumsum(cdiv(counts, tile), 0)
+    tiles = torch.arange(bound, dtype=torch.int32, device=counts.device)
+    return torch.bucketize(tiles, first[1:], right=True, out_int32=True), first
+
+
+def arch(x: Tensor) -> int:
+    """Compute capability as 10 * major + minor; the interpreter counts as the oldest GPU."""
+    if not x.is_cuda:
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def head_tile(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """float32 products go through three tf32 ones, which keep float32's accuracy on tensor cores."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def tile_rows(row, i_h, tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Token, query head and validity of BLOCK rows of KV head `i_h`, from `row` on."""
+    o_row = row + tl.arange(0, BLOCK)
+    o_i = o_row // HEADS
+    return o_i, i_h * HEADS + o_row % HEADS, o_i < tokens
+
+
+@triton.jit
+def load_rows(base, offset, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
+    """`[len(offset), BLOCK_D]` rows of D elements, zeros elsewhere; without MASK every row is taken as valid."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_x = base + offset[:, None] + o_d[None, :]
+    if MASK:
+        b_x = tl.load(p_x, mask=valid[:, None] & (o_d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        b_x = tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b_x = tl.load(p_x)
+    return b_x
+
+
+@triton.jit
+def store_rows(base, offset, valid, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    p_x = base + offset[:, None] + o_d[None, :]
+    tl.store(p_x, b_x.to(base.dtype.element_ty), mask=valid[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def load_lse(lse, offset, valid):
+    """A row's lse in log2, +inf where the row has no keys or does not exist: its probabilities come out as zero."""
+    b_lse = tl.load(lse + offset, mask=valid, other=float("inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+
+
+def job(name: str, fn, types: dict[str, str], constexprs: dict, config: dict[str, int], dot: bool) -> dict:
+    """One configuration for `kernels/compile.py`; arguments in neither dict are int32, and the strides multiples of 16."""
+    launch = {key: config[key] for key in ("num_warps", "num_stages") if key in config}
+    constexprs = constexprs | {key: value for key, value in config.items() if key not in launch}
+    signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "i32") for arg in fn.arg_names}
+    strides = [arg for arg in fn.arg_names if signature[arg] == "i32" and arg[1:2] == "_"]
+    return dict(
+        name=name, fn=fn, signature=signature, constexprs=constexprs, options=launch, dot=dot, divisible=strides
+    )

@@ -1,0 +1,67 @@
+"""`make gpu` where there is no GPU, and what it concludes from the tests where there is one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnlab.evals import gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+CLEAN = {"triton": {"memcheck": "clean", "racecheck": "clean"}}
+
+
+def row(test: str, outcome: str, *used: tuple[str, str]) -> dict:
+    return {"test": test, "outcome": outcome, "used": [list(pair) for pair in used]}
+
+
+def verified(rows: list[dict], sanitizers: dict) -> set[tuple[str, str]]:
+    return {(v["kernel"], v["backend"]) for v in gpu.verdicts(rows, sanitizers) if v["verified"]}
+
+
+def test_a_pair_is_verified_by_its_tests_alone() -> None:
+    a, b = ("moba_attention", "triton"), ("full_attention", "triton")
+    rows = [row("t::1", "passed", a, ("moba_attention", "portable")), row("t::2", "passed", b), row("t::3", "skipped")]
+    assert verified(rows, CLEAN) == {a, b}
+    assert verified([*rows, row("t::4", "failed", b)], CLEAN) == {a}
+    assert verified([*rows, row("t::gate[triton]", "failed")], CLEAN) == set()
+    assert verified([*rows, row("t::gate[cuda]", "failed")], CLEAN) == {a, b}
+    assert verified(rows, {"triton": {"memcheck": "errors"}}) == set()
+    assert verified(rows, {"triton": {"memcheck": "compute-sanitizer not found"}}) == {a, b}
+    assert verified([row("t::1", "skipped", a)], CLEAN) == set()
+
+
+def test_saving_replaces_this_gpus_rows(tmp_path: Path) -> None:
+    file = tmp_path / "verified.json"
+    old = [{"kernel": "x", "backend": "triton", "gpu": gpu_name} for gpu_name in ("A", "B")]
+    file.write_text(json.dumps({"schema_version": 1, "verified": old}))
+    kernels = [
+        {"kernel": "y", "backend": "cuda", "verified": True},
+        {"kernel": "x", "backend": "cuda", "verified": False},
+    ]
+    record = {"gpu": "A", "driver": "1", "commit": "c", "date": "d", "versions": {}, "kernels": kernels}
+    gpu.save_verified(record, file)
+    data = json.loads(file.read_text())
+    assert data["schema_version"] == 1
+    assert [(r["gpu"], r["kernel"], r["backend"]) for r in data["verified"]] == [
+        ("A", "y", "cuda"),
+        ("B", "x", "triton"),
+    ]
+
+
+def test_the_plugin_records_outcomes(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
+    file = tmp_path / "record.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "attnlab.evals.gpu_record", "-p", "no:cacheprovider"]
+    command += ["--rootdir", str(tmp_path), "--gpu-record", str(file), str(tmp_path / "test_it.py")]
+    subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert [r["outcome"] for r in json.loads(file.read_text())] == ["passed", "failed"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_so_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().out
