@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -37,7 +37,9 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         head = f"{self.fn}: backend={self.requested!r} -> {self.chosen or 'none'}"
-        return "\n".join([head, *(f"  {name}: {'; '.join(why) or 'can serve this call'}" for name, why in self.reasons.items())])
+        return "\n".join(
+            [head, *(f"  {name}: {'; '.join(why) or 'can serve this call'}" for name, why in self.reasons.items())]
+        )
 
 
 class _Explained(Exception):
@@ -71,7 +73,9 @@ def triton_reasons(call: Call) -> list[str]:
 
 def cuda_reasons(call: Call) -> list[str]:
     reasons = [] if call.device.type == "cuda" else [f"tensors are on {call.device.type}, CUDA kernels need cuda"]
-    return reasons + _missing("cuda.core", "cuda") + [r for r in triton_reasons(call) if not r.startswith("tensors are")]
+    return (
+        reasons + _missing("cuda.core", "cuda") + [r for r in triton_reasons(call) if not r.startswith("tensors are")]
+    )
 
 
 Reasons = Callable[[Call], list[str]]
@@ -83,7 +87,7 @@ REASONS: dict[str, Reasons] = {
 }
 
 
-def pick(call: Call, requested: str, backends: dict[str, Reasons]) -> str:
+def pick(call: Call, requested: str, backends: Mapping[str, Reasons]) -> str:
     """The backend that serves `call`.
 
     `backends` maps each backend of this function to its reasons, in the order `"auto"` tries them. An explicit
@@ -103,7 +107,7 @@ def pick(call: Call, requested: str, backends: dict[str, Reasons]) -> str:
     return _explain_or_raise(call, requested, backends)
 
 
-def _explain_or_raise(call: Call, requested: str, backends: dict[str, Reasons]) -> str:
+def _explain_or_raise(call: Call, requested: str, backends: Mapping[str, Reasons]) -> str:
     why = {name: reasons(call) for name, reasons in backends.items()}
     if requested == "auto":
         why = {name: reasons or _unverified(call, name) for name, reasons in why.items()}
@@ -112,7 +116,9 @@ def _explain_or_raise(call: Call, requested: str, backends: dict[str, Reasons]) 
     explanation = Explanation(call.fn, requested, chosen, why)
     if _explaining:
         raise _Explained(explanation)
-    raise BackendError(f"{call.fn}: backend={requested!r} cannot serve this call\n" + str(explanation).split("\n", 1)[1])
+    raise BackendError(
+        f"{call.fn}: backend={requested!r} cannot serve this call\n" + str(explanation).split("\n", 1)[1]
+    )
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -132,6 +138,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     raise TypeError(f"explain: {getattr(fn, '__name__', fn)!r} does not choose a backend")
 
 
+def _constant(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compiler.assume_constant_result` does, without its import of all of torch._dynamo."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
 def _missing(module: str, extra: str) -> list[str]:
     return [] if _installed(module) else [f"{module} is not installed (pip install attnlab[{extra}])"]
 
@@ -144,12 +156,12 @@ def _find(module: str) -> bool:
         return False
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _installed(module: str) -> bool:
     return _find(module)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _interpreting() -> bool:
     """Whether Triton runs on the CPU (`TRITON_INTERPRET=1` set before the kernels are imported)."""
     import triton
@@ -163,7 +175,7 @@ def _verified() -> frozenset[tuple[str, str, str]]:
     return frozenset((row["kernel"], row["backend"], row["gpu"]) for row in data["verified"])
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _verified_on(fn: str, backend: str, device: torch.device) -> bool:
     return (fn, backend, torch.cuda.get_device_name(device)) in _verified()
 
@@ -201,7 +213,9 @@ def check_qkv(fn: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         if x.shape[3] != q.shape[3]:
             raise ValueError(f"{fn}: {name} must have q's head size {q.shape[3]}, got {x.shape[3]}")
         if x.shape[2] == 0 or x.shape[3] == 0:
-            raise ValueError(f"{fn}: {name} must have at least one head and a head size of at least 1, got {list(x.shape)}")
+            raise ValueError(
+                f"{fn}: {name} must have at least one head and a head size of at least 1, got {list(x.shape)}"
+            )
     if v is not None and v.shape != k.shape:
         raise ValueError(f"{fn}: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
     if q.shape[2] % k.shape[2]:
@@ -231,7 +245,9 @@ def check_sinks(fn: str, sinks: Tensor | None, q: Tensor) -> None:
     if sinks is None:
         return
     if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point:
-        raise TypeError(f"{fn}: sinks must be a floating-point Tensor, got {getattr(sinks, 'dtype', type(sinks).__name__)}")
+        raise TypeError(
+            f"{fn}: sinks must be a floating-point Tensor, got {getattr(sinks, 'dtype', type(sinks).__name__)}"
+        )
     if sinks.shape != (q.shape[2],):
         raise ValueError(f"{fn}: sinks must have shape [{q.shape[2]}] (one per query head), got {list(sinks.shape)}")
     if sinks.device != q.device:

@@ -63,7 +63,7 @@ def flash_attention(
     if library is None:
         raise ImportError("full_attention: flash-attn is not installed (pip install attnlab[flash])")
     dense, varlen, new = library
-    options = dict(softmax_scale=scale, causal=causal)
+    options: dict[str, Any] = dict(softmax_scale=scale, causal=causal)
     if window is not None:
         options["window_size"] = (window - 1, 0)
     options["return_lse" if new else "return_attn_probs"] = True

@@ -1,13 +1,26 @@
 """MoBA: block attention with a parameter-free top-k gate (arXiv 2502.13189)."""
 
+import importlib
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dispatch import Call, Reasons, check_bool, check_int, check_qkv, check_scale, check_sinks, pick
-from .dispatch import cuda_reasons, portable_reasons, reference_reasons, triton_reasons
+from .dispatch import (
+    Call,
+    Reasons,
+    check_bool,
+    check_int,
+    check_qkv,
+    check_scale,
+    check_sinks,
+    cuda_reasons,
+    pick,
+    portable_reasons,
+    reference_reasons,
+    triton_reasons,
+)
 from .kernels.moba.spec import Slots, Spec, cdiv, slots
 from .packs import Pack, check_values, pack
 from .reference import moba as reference
@@ -137,7 +150,9 @@ def moba_attention(
         )
     packed = tuple(x.flatten(0, 1) for x in (q, k, v))
     if replay is None:
-        indices, _ = _select(packed[0].detach(), packed[1].detach(), cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, False, name)
+        indices, _ = _select(
+            packed[0].detach(), packed[1].detach(), cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, False, name
+        )
     else:
         indices = replay.flatten(0, 1)
     out, lse = _attention(*packed, sinks, indices, cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, name)
@@ -226,11 +241,8 @@ def _check_selection(fn: str, selection: MoBASelection, q: Tensor, k: Tensor, sp
 
 
 def _module(backend: str) -> ModuleType:
-    if backend == "portable":
-        from .kernels.moba import portable as module
-    else:
-        from .kernels.moba import launch as module
-    return module
+    # Looked up by name, so that importing attnlab never needs Triton.
+    return importlib.import_module("attnlab.kernels.moba." + ("portable" if backend == "portable" else "launch"))
 
 
 def _spec_and_slots(options: tuple) -> tuple[Spec, Slots]:  # type: ignore[type-arg]
@@ -274,7 +286,9 @@ def _(q, k, cu_q, cu_k, *options):  # type: ignore[no-untyped-def]
     *fields, max_k, _, want_scores, _ = options
     spec, n = _spec_and_slots((*fields, max_k))
     indices = q.new_empty(q.shape[0], k.shape[1] if spec.group else q.shape[1], n.total, dtype=torch.int32)
-    return indices, torch.empty_like(indices, dtype=torch.float32) if want_scores else q.new_empty(0, dtype=torch.float32)
+    return indices, torch.empty_like(indices, dtype=torch.float32) if want_scores else q.new_empty(
+        0, dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("attnlab::moba_attention", mutates_args=())
@@ -357,7 +371,9 @@ def _autograd(ctx, dout, dlse):  # type: ignore[no-untyped-def]
     q, k, v, sinks, indices, cu_q, cu_k, out, lse = ctx.saved_tensors
     *options, _, backend = ctx.options
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsinks = _attention_backward(dout, dlse, q, k, v, sinks, out, lse, indices, cu_q, cu_k, *options, backend)
+    dq, dk, dv, dsinks = _attention_backward(
+        dout, dlse, q, k, v, sinks, out, lse, indices, cu_q, cu_k, *options, backend
+    )
     return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype), *[None] * 14
 
 

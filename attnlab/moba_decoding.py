@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -149,12 +148,13 @@ def _prefill(
 def _kernel(backend: str) -> Callable[..., tuple[Tensor, ...]]:
     if backend == "reference":
         return _reference
-    module: ModuleType
     if backend == "portable":
-        from .kernels.moba import decode_portable as module
-    else:
-        from .kernels.moba import decode as module
-    return module.decode
+        from .kernels.moba.decode_portable import decode as portable
+
+        return portable
+    from .kernels.moba.decode import decode
+
+    return decode
 
 
 @torch.library.custom_op("attnlab::moba_decode", mutates_args=())

@@ -1,5 +1,6 @@
 """Packed sequences: every backend sees `[N, H, D]` and cumulative lengths; a batch is a pack of equal lengths."""
 
+import itertools
 import weakref
 from typing import NamedTuple
 
@@ -36,7 +37,9 @@ def pack(fn: str, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None
         if cu.device != q.device:
             raise ValueError(f"{fn}: {name} must be on q's device {q.device}, got {cu.device}")
     if cu_q.shape != cu_k.shape:
-        raise ValueError(f"{fn}: cu_seqlens_k must have cu_seqlens_q's shape {list(cu_q.shape)}, got {list(cu_k.shape)}")
+        raise ValueError(
+            f"{fn}: cu_seqlens_k must have cu_seqlens_q's shape {list(cu_q.shape)}, got {list(cu_k.shape)}"
+        )
     return Pack(cu_q, cu_k, tk, True)
 
 
@@ -53,11 +56,13 @@ def check_values(fn: str, cu_q: Tensor, cu_k: Tensor, nq: int, nk: int, causal: 
         return
     for name, cu, total in (("cu_seqlens_q", cu_q, nq), ("cu_seqlens_k", cu_k, nk)):
         values = cu.tolist()
-        if values[0] != 0 or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        if values[0] != 0 or any(a > b for a, b in itertools.pairwise(values)):
             raise ValueError(f"{fn}: {name} must start at 0 and never fall, got {values}")
         if values[-1] != total:
             raise ValueError(f"{fn}: {name} must end at {total} (the number of tokens), got {values[-1]}")
     if causal and bool((cu_q.diff() > cu_k.diff()).any()):
         lengths = list(zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True))
-        raise ValueError(f"{fn}: causal attention needs at least as many keys as queries in every sequence, got {lengths}")
+        raise ValueError(
+            f"{fn}: causal attention needs at least as many keys as queries in every sequence, got {lengths}"
+        )
     cu_q._attnlab_checked = weakref.ref(cu_k), stamp  # type: ignore[attr-defined]

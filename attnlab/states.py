@@ -5,20 +5,36 @@ without keys is `out = 0`, `lse = -inf`. States of disjoint key sets merge into 
 """
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .dispatch import Call, check_bool, check_int, check_qkv, check_scale, check_sinks, pick
-from .dispatch import portable_reasons, reference_reasons, triton_reasons
+from .dispatch import (
+    Call,
+    Reasons,
+    check_bool,
+    check_int,
+    check_qkv,
+    check_scale,
+    check_sinks,
+    pick,
+    portable_reasons,
+    reference_reasons,
+    triton_reasons,
+)
 from .flash import flash_attention, flash_reasons
 from .packs import check_values, pack
 from .reference import states as reference
 
 State = tuple[Tensor, Tensor]
 
-_MERGE_BACKENDS = {"triton": triton_reasons, "portable": portable_reasons, "reference": reference_reasons}
+_MERGE_BACKENDS: dict[str, Reasons] = {
+    "triton": triton_reasons,
+    "portable": portable_reasons,
+    "reference": reference_reasons,
+}
 
 
 def full_attention(
@@ -66,7 +82,11 @@ def full_attention(
     check_sinks(fn, sinks, q)
     scale = check_scale(fn, scale, q.shape[3])
     cu = pack(fn, q, k, cu_seqlens_q, cu_seqlens_k, causal)
-    backends = {"triton": triton_reasons, "portable": portable_reasons, "reference": reference_reasons}
+    backends: dict[str, Reasons] = {
+        "triton": triton_reasons,
+        "portable": portable_reasons,
+        "reference": reference_reasons,
+    }
     lse_gradient = return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     backends["flash"] = functools.partial(flash_reasons, sinks=sinks, empty=k.shape[1] == 0, lse_gradient=lse_gradient)
     name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, backends)
@@ -99,10 +119,13 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> State:
     fn = "merge_states"
     for name, x in (("outs", outs), ("lses", lses)):
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            raise TypeError(f"{fn}: {name} must be a floating-point Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+            raise TypeError(
+                f"{fn}: {name} must be a floating-point Tensor, got {getattr(x, 'dtype', type(x).__name__)}"
+            )
     if outs.ndim < 2 or lses.shape != outs.shape[:-1] or outs.shape[0] == 0 or outs.shape[-1] == 0:
         raise ValueError(
-            f"{fn}: outs must have shape [N, ..., D] with N, D >= 1 and lses [N, ...], got {list(outs.shape)} and {list(lses.shape)}"
+            f"{fn}: outs must have shape [N, ..., D] with N, D >= 1 and lses [N, ...], "
+            f"got {list(outs.shape)} and {list(lses.shape)}"
         )
     if lses.dtype != torch.promote_types(outs.dtype, torch.float32):
         raise TypeError(f"{fn}: lses must be float32 (float64 with float64 outs), got {lses.dtype}")
@@ -117,11 +140,8 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> State:
 
 
 def _module(backend: str) -> ModuleType:
-    if backend == "portable":
-        from .kernels.states import portable as module
-    else:
-        from .kernels.states import launch as module
-    return module
+    # Looked up by name, so that importing attnlab never needs Triton.
+    return importlib.import_module("attnlab.kernels.states." + ("portable" if backend == "portable" else "launch"))
 
 
 @torch.library.custom_op("attnlab::full_attention", mutates_args=())
@@ -172,7 +192,17 @@ def _full_backward(
 
 
 @_full_backward.register_fake
-def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, *_: object) -> tuple[Tensor, ...]:
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *_: object,
+) -> tuple[Tensor, ...]:
     return fake_gradients(q, k, v, sinks, lse)
 
 

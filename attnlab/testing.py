@@ -47,7 +47,9 @@ def assert_accurate(
         return
     scale = truth[~special].abs().max()
     error = (seen - truth)[~special].abs().max()
-    allowed = factor * (plain.double() - truth)[~special].abs().max() + roundings * torch.finfo(actual.dtype).eps * scale
+    allowed = (
+        factor * (plain.double() - truth)[~special].abs().max() + roundings * torch.finfo(actual.dtype).eps * scale
+    )
     if error > allowed:
         raise AssertionError(f"{what}: error {error:.3e} is over {allowed:.3e} ({factor} x plain PyTorch + rounding)")
 
@@ -85,7 +87,14 @@ def selection_mask(indices: Tensor, heads: int, tk: int, block_size: int, causal
 
 
 def assert_same_routing(
-    actual: MoBASelection, q: Tensor, k: Tensor, *, block_size: int, topk: int, tolerance: float | None = None, **options: object
+    actual: MoBASelection,
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    tolerance: float | None = None,
+    **options: object,
 ) -> None:
     """`actual` chose what the float64 reference chooses, up to near ties of the scores.
 
@@ -108,7 +117,9 @@ def assert_same_routing(
     if not picked.any():
         return
     wanted = expected.scores[picked]
-    tolerance = 64 * torch.finfo(torch.float32).eps * max(float(wanted.abs().max()), 1e-30) if tolerance is None else tolerance
+    tolerance = (
+        64 * torch.finfo(torch.float32).eps * max(float(wanted.abs().max()), 1e-30) if tolerance is None else tolerance
+    )
     error = float((actual.scores.double()[picked] - wanted).abs().max())
     if not error <= tolerance:
         raise AssertionError(f"routing: scores chosen differ by {error:.3e}, over {tolerance:.3e}")
@@ -175,7 +186,9 @@ def one_hot(x: Inputs) -> Inputs:
     return x._replace(q=x.q.round().clamp(-3, 3), k=k.contiguous())
 
 
-def ragged(lengths_q: list[int], lengths_k: list[int] | None = None, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def ragged(
+    lengths_q: list[int], lengths_k: list[int] | None = None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """`cu_seqlens_q, cu_seqlens_k` int32 of sequences of these lengths (`lengths_k` defaults to `lengths_q`)."""
     pairs = (lengths_q, lengths_q if lengths_k is None else lengths_k)
     first, second = (torch.tensor([0, *x], device=device).cumsum(0).int() for x in pairs)

@@ -114,7 +114,9 @@ def moba_attention(
             local_blocks=local_blocks,
         )
     if cu_seqlens_q is not None:
-        bounds = zip(*(x.tolist()[s] for x in (cu_seqlens_q, cu_seqlens_k) for s in (slice(-1), slice(1, None))), strict=True)
+        bounds = zip(
+            *(x.tolist()[s] for x in (cu_seqlens_q, cu_seqlens_k) for s in (slice(-1), slice(1, None))), strict=True
+        )
         parts = [
             _attend(q[:, a:b], k[:, c:d], v[:, c:d], indices[:, a:b], block_size, causal, scale, sinks)
             for a, b, c, d in bounds

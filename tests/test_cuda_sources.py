@@ -77,7 +77,7 @@ CASES = {
     "own only": (BASE._replace(topk=1), [70], [70], 2, 2, 16),
     "ties": (BASE, [130], [130], 2, 1, 16),
     "all blocks": (BASE._replace(topk=50), [100], [100], 1, 1, 8),
-    "rounds": (BASE._replace(block_size=2, topk=72), [200], [200], 1, 1, 4),
+    "rounds": (BASE._replace(block_size=2, topk=72), [190], [190], 1, 1, 4),
     "block of one": (BASE._replace(block_size=1, topk=9), [90], [90], 2, 1, 3),
     "odd sizes": (BASE._replace(block_size=7, topk=5), [97], [97], 3, 1, 80),
     "odd head": (BASE._replace(block_size=4), [66], [66], 2, 2, 33),
@@ -94,8 +94,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+NARROW = ("ties", "odd sizes", "odd head", "widest head", "pack", "group")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in CASES] + [(case, t) for case in NARROW for t in (torch.float16, torch.bfloat16)],
+)
 def test_gate_equals_reference(emulated, case, dtype):
     spec, lengths_q, lengths_k, hq, hkv, d = CASES[case]
     q, k = draw(lengths_q, lengths_k, hq, hkv, d, dtype)
@@ -190,9 +195,10 @@ def test_layout_walks_many_chunks_of_a_replayed_choice(emulated):
     assert torch.equal(got[0][: got[1][-1]], want[0][: want[1][-1]])
 
 
-def test_thread_order_does_not_matter(emulated):
+@pytest.mark.parametrize("case", ["pack", "block of one"])
+def test_thread_order_does_not_matter(emulated, case):
     """The same bits with threads run in rising and in falling order: no barrier is missing."""
-    spec, lengths_q, lengths_k, hq, hkv, d = CASES["pack"]
+    spec, lengths_q, lengths_k, hq, hkv, d = CASES[case]
     q, k = draw(lengths_q, lengths_k, hq, hkv, d, torch.float32, exact=False)
     geo, nslots, _, _ = pack(lengths_q, lengths_k, spec)
     results = []

@@ -13,7 +13,8 @@ from attnlab.evals import demo, demo_model
 SMALL = ["--quick", "--tokens", "1024", "--layers", "1", "--device", "cpu"]
 
 
-def test_demo_end_to_end(tmp_path, capsys):
+def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "ROUNDS", 1)
     assert demo.main([*SMALL, "--out", str(tmp_path / "made")]) == 0
     out, err = capsys.readouterr()
     record = json.loads((tmp_path / "made" / "demo-cpu.json").read_text())
@@ -37,6 +38,8 @@ def test_demo_fails_when_all_blocks_are_not_dense(tmp_path, capsys, monkeypatch)
         return done._replace(logits=done.logits + 1e-3) if "all blocks" in variant.name else done
 
     monkeypatch.setattr(demo_model, "run", off)
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(demo, "variants", lambda quick: [demo.DENSE, demo_model.Variant("MoBA", 128, 2)])
     assert demo.main([*SMALL, "--out", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert "DISAGREES" in out and err.splitlines()[-1].startswith("demo: MoBA over all blocks must equal")

@@ -44,6 +44,9 @@ def build(kind="llama", **changes):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 1.0)
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling = 0.5  # not the default, so that dropping it shows
     return model
 
 
@@ -408,6 +411,8 @@ def test_plan_is_saved_with_the_model(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="attnlab_moba")
     assert hf.get_plan(loaded) == plan == MoBAPlan.from_dict(plan.to_dict())
+    for layer in loaded.model.layers:
+        layer.self_attn.scaling = 0.5
     assert torch.equal(loaded(inputs()[0]).logits, model(inputs()[0]).logits)
     set_plan(loaded, None)
     assert hf.get_plan(loaded) is None

@@ -55,7 +55,11 @@ BAD = [
     (dict(sinks=torch.zeros(4, device="meta")), ValueError, "sinks must be on q's device cpu, got meta"),
     (dict(k=K[:, :8], v=V[:, :8]), ValueError, "needs at least as many keys as queries, got Tq=16, Tk=8"),
     (dict(cu_seqlens_q=cu(0, 16)), ValueError, "cu_seqlens_q and cu_seqlens_k must be given together"),
-    (dict(cu_seqlens_q=cu(0, 16), cu_seqlens_k=cu(0, 16)), ValueError, "packed sequences need a batch size of 1, got 2"),
+    (
+        dict(cu_seqlens_q=cu(0, 16), cu_seqlens_k=cu(0, 16)),
+        ValueError,
+        "packed sequences need a batch size of 1, got 2",
+    ),
     (packed(cu(0, 16).long(), cu(0, 16)), TypeError, "cu_seqlens_q must be an int32 Tensor, got torch.int64"),
     (packed([0, 16], [0, 16]), TypeError, "cu_seqlens_q must be an int32 Tensor, got list"),
     (packed(cu(0, 16)[None], cu(0, 16)[None]), ValueError, "cu_seqlens_q must have shape [sequences + 1], got [1, 2]"),
@@ -63,10 +67,22 @@ BAD = [
     (packed(cu(0, 9, 8, 16), cu(0, 8, 9, 16)), ValueError, "cu_seqlens_q must start at 0 and never fall"),
     (packed(cu(1, 16), cu(0, 16)), ValueError, "cu_seqlens_q must start at 0 and never fall"),
     (packed(cu(0, 16), cu(0, 12)), ValueError, "cu_seqlens_k must end at 16 (the number of tokens), got 12"),
-    (packed(cu(0, 12, 16), cu(0, 4, 16)), ValueError, "as many keys as queries in every sequence, got [(12, 4), (4, 12)]"),
-    (dict(backend="fast"), ValueError, "backend must be one of 'auto', 'cuda', 'triton', 'portable', 'reference', got 'fast'"),
+    (
+        packed(cu(0, 12, 16), cu(0, 4, 16)),
+        ValueError,
+        "as many keys as queries in every sequence, got [(12, 4), (4, 12)]",
+    ),
+    (
+        dict(backend="fast"),
+        ValueError,
+        "backend must be one of 'auto', 'cuda', 'triton', 'portable', 'reference', got 'fast'",
+    ),
     (dict(selection=3), TypeError, "selection must be a MoBASelection with int32 indices, got int"),
-    (dict(selection=attnlab.MoBASelection(cu(0), cu(0))), ValueError, "selection.indices must have shape [2, 16, 4, 2], got [1]"),
+    (
+        dict(selection=attnlab.MoBASelection(cu(0), cu(0))),
+        ValueError,
+        "selection.indices must have shape [2, 16, 4, 2], got [1]",
+    ),
 ]
 
 
@@ -83,7 +99,11 @@ def test_bad_input(change, error, message, backend):
     [
         (dict(window=0), ValueError, "window must be a positive int, got 0"),
         (dict(window=4, causal=False), ValueError, "window needs causal=True"),
-        (dict(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'portable', 'reference', 'flash', got 'cuda'"),
+        (
+            dict(backend="cuda"),
+            ValueError,
+            "backend must be one of 'auto', 'triton', 'portable', 'reference', 'flash', got 'cuda'",
+        ),
     ],
 )
 def test_bad_input_of_full_attention(change, error, message):
@@ -143,7 +163,9 @@ def test_explain():
 def test_auto_takes_a_gpu_kernel_only_where_it_is_verified(monkeypatch, tmp_path):
     call = dispatch.Call("moba_attention", torch.device("cuda"), torch.bfloat16, 64)
     able = {"triton": lambda _: [], "portable": lambda _: []}
-    record = json.dumps({"schema_version": 1, "verified": [{"kernel": "moba_attention", "backend": "triton", "gpu": "Some GPU"}]})
+    record = json.dumps(
+        {"schema_version": 1, "verified": [{"kernel": "moba_attention", "backend": "triton", "gpu": "Some GPU"}]}
+    )
     (tmp_path / "verified.json").write_text(record)
     monkeypatch.setattr(dispatch.resources, "files", lambda _: tmp_path)
     for name, chosen in (("Some GPU", "triton"), ("Other GPU", "portable")):
@@ -163,7 +185,10 @@ def test_selection_replays():
     assert not torch.equal(attnlab.moba_attention(Q, K, V, selection=other, **options), want)
 
 
-@pytest.mark.parametrize("options", [OPTIONS, dict(block_size=3, topk=2, routing="group", sink_blocks=1), dict(block_size=3, topk=2, causal=False)])
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS, dict(block_size=3, topk=2, routing="group", sink_blocks=1), dict(block_size=3, topk=2, causal=False)],
+)
 def test_gradcheck_portable(options):
     q, k, v = (x.requires_grad_() for x in gaussian(1, 7, 9, 2, 1, 3, dtype=torch.float64))
     sinks = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
@@ -221,5 +246,7 @@ def test_lengths_without_keys():
     q, k, v = gaussian(2, 3, 0, 2, 1, 8)
     out, lse = attnlab.moba_attention(q, k, v, causal=False, return_lse=True, **OPTIONS)
     assert (out == 0).all() and (lse == -math.inf).all()
-    with_sink = attnlab.moba_attention(q, k, v, causal=False, return_lse=True, sinks=torch.tensor([1.0, 2.0]), **OPTIONS)
+    with_sink = attnlab.moba_attention(
+        q, k, v, causal=False, return_lse=True, sinks=torch.tensor([1.0, 2.0]), **OPTIONS
+    )
     assert (with_sink[0] == 0).all() and torch.equal(with_sink[1][0, 0], torch.tensor([1.0, 2.0]))

@@ -95,11 +95,15 @@ def test_attention(backend, dtype, sinks, name):
     g = torch.Generator().manual_seed(1)
     douts = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in wanted]
     for outputs, inputs in ((wanted, truth), (rough, plain), (found, actual)):
-        torch.autograd.backward(outputs, [d.to(o.device, o.dtype) for d, o in zip(douts, outputs, strict=True)], inputs=inputs)
+        torch.autograd.backward(
+            outputs, [d.to(o.device, o.dtype) for d, o in zip(douts, outputs, strict=True)], inputs=inputs
+        )
     for what, a, t, p in zip(("out", "lse"), found, wanted, rough, strict=True):
         assert_accurate(a.detach().cpu(), t.detach(), p.detach(), what=what)
+    # The backward recomputes the weights from the stored lse: its rounding is |lse| times that of a weight near 1.
+    roundings = 8.0 + float(wanted[1].detach().abs().max()) if wanted[1].numel() else 8.0
     for what, a, t, p in zip(("dq", "dk", "dv", "dsinks"), actual, truth, plain, strict=False):
-        assert_accurate(a.grad.cpu(), t.grad, p.grad, roundings=8.0, what=what)
+        assert_accurate(a.grad.cpu(), t.grad, p.grad, roundings=roundings, what=what)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,7 +118,9 @@ def test_end_to_end(backend, routing):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", [lambda x: tied(x, 8), lambda x: tied(x, 8, period=1), one_hot], ids=["pairs", "all", "one-hot"])
+@pytest.mark.parametrize(
+    "make", [lambda x: tied(x, 8), lambda x: tied(x, 8, period=1), one_hot], ids=["pairs", "all", "one-hot"]
+)
 def test_exact_ties(backend, make):
     q, k, _ = make(gaussian(1, 75, 75, 2, 1, 16))
     options = dict(block_size=8, topk=4)
@@ -145,7 +151,9 @@ def test_pack(backend, routing):
     grads = torch.autograd.grad(packed.square().sum(), inputs)
     for s, _ in enumerate(lengths_q):
         rows, keys = (slice(int(c[s]), int(c[s + 1])) for c in cu)
-        parts = [x.detach()[:, r].double().cpu().requires_grad_() for x, r in zip(inputs, (rows, keys, keys), strict=True)]
+        parts = [
+            x.detach()[:, r].double().cpu().requires_grad_() for x, r in zip(inputs, (rows, keys, keys), strict=True)
+        ]
         want = attnlab.moba_attention(*parts, backend="reference", **options)
         torch.testing.assert_close(packed[:, rows].double().cpu(), want, rtol=1e-5, atol=1e-5)
         for g, w, r in zip(grads, torch.autograd.grad(want.square().sum(), parts), (rows, keys, keys), strict=True):

@@ -104,6 +104,8 @@ def test_ragged_rows_equal_each_alone(options, steps, block_size, page_size):
     totals = [sum(n) for n in zip(*steps, strict=True)]
     q, k, v = inputs(3, max(totals) + 1, 2, 1, block_size)
     cache = MoBACache(3, max(totals) + 1, KV_HEADS, DIM, block_size=block_size, page_size=page_size)
+    cache.k_pages.fill_(math.nan)
+    cache.v_pages.fill_(math.nan)
     sinks = torch.linspace(-1, 1, q.shape[2])
     done = [0, 0, 0]
     for counts in steps:
@@ -313,6 +315,29 @@ def test_compiled_step_is_traced_once():
         out = step(*(x[:, t : t + 1] for x in (q, k, v)))
         torch.testing.assert_close(out, expected[:, t : t + 1], atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+def test_graph_replay_is_eager(backend):
+    q, k, v = (x.cuda() for x in inputs(2, 40, 2, seed=11))
+    cache = MoBACache(2, 40, KV_HEADS, DIM, block_size=4, page_size=8, device="cuda")
+    cache.append(k[:, :20], v[:, :20])
+    step = [x[:, 20:21].clone() for x in (q, k, v)]
+    moba_decode(step[0], cache, topk=3, backend=backend)  # compiles outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.write(*step[1:])
+        out = moba_decode(step[0], cache, topk=3, backend=backend)
+    expected, _ = truth(q, k, v, None, block_size=4, topk=3)
+    for t in range(20, 40):
+        for held, x in zip(step, (q, k, v), strict=True):
+            held.copy_(x[:, t : t + 1])
+        cache.claim()
+        graph.replay()
+        torch.testing.assert_close(out.double(), expected[:, t : t + 1], atol=1e-5, rtol=1e-5)
+    assert cache.lengths == (40, 40) == tuple(cache.device_lengths.tolist())
 
 
 def make(**changes: Any) -> MoBACache:

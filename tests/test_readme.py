@@ -35,8 +35,3 @@ def test_files_and_targets_named_exist():
     assert set(re.findall(r"\bmake ([a-z]+)", TEXT)) <= targets
     for path in re.findall(r"`((?:[\w.]+/)+[\w.]+)`", TEXT):
         assert (ROOT / path).exists(), path
-
-
-def test_lines_fit():
-    measured = re.compile(r"<!-- \w+ begin.*?<!-- \w+ end -->", re.DOTALL)
-    assert max(map(len, measured.sub("", TEXT).splitlines())) <= 128

@@ -26,8 +26,9 @@ def register() -> None:
 
     Supported: padding on either side, packed sequences (`cu_seq_lens_*` or restarting `position_ids`), grouped heads,
     `scaling`, attention sinks, sliding windows (dense inside the window), encoders, latent attention's two head sizes,
-    dynamic caches, and static ones outside `torch.compile`. Refused with a ValueError: dropout, soft-capping, custom
-    and additive masks, position biases, attention weights, continuous batching.
+    dynamic caches, static ones outside `torch.compile`, and `torch.compile` with graph breaks (not `fullgraph=True`).
+    Refused with a ValueError: dropout, soft-capping, custom and additive masks, position biases, attention weights,
+    continuous batching.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface

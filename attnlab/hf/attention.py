@@ -174,7 +174,8 @@ def _options(plan: MoBAPlan) -> dict[str, Any]:
 @cache
 def _warn_plain_cache() -> None:
     warnings.warn(
-        "attnlab_moba: decoding from a cache without block sums, so every step reads all cached keys; pass "
-        "past_key_values=attnlab.hf.MoBADynamicCache(model.config) to read the chosen blocks only",
+        "attnlab_moba: decoding without block sums, so every step reads all cached keys; pass past_key_values="
+        "attnlab.hf.MoBADynamicCache(model.config) to read the chosen blocks only (not possible in models that rework "
+        "the keys their cache returns, such as DeepSeek's)",
         stacklevel=2,
     )

@@ -55,6 +55,8 @@ class MoBALayer(DynamicLayer):
     left padding the sums depend on the mask and are first made when the attention asks.
     """
 
+    keys: Tensor | None
+    values: Tensor | None
     _k: Tensor
     _v: Tensor
 
@@ -108,6 +110,8 @@ class MoBALayer(DynamicLayer):
     def reset(self) -> None:
         self._len, self._sums = 0, None
         self._k = self._v = torch.zeros(0)
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -164,8 +168,11 @@ class MoBADynamicCache(DynamicCache):
     """`DynamicCache` for `attn_implementation="attnlab_moba"`: pass it as `past_key_values` to make decoding sparse.
 
     `config`: the model's; its sliding-window and other special layers keep the cache layers transformers gives them.
-    With a plain `DynamicCache` the results are the same, but each step sums all cached keys anew.
+    With a plain `DynamicCache` the results are the same, but each step reads and sums all cached keys anew.
     """
+
+    layers: list[Any]
+    layer_class_to_replicate: Any
 
     def __init__(self, config: Any = None, offloading: bool = False, offload_only_non_sliding: bool = False) -> None:
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)

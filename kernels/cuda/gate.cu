@@ -60,7 +60,7 @@ struct Shared {
 };
 
 __device__ __forceinline__ Key pack(float score, int block) {
-  score += 0.0f;  // -0.0 ties with 0.0
+  // A sum that starts at 0.0 is never -0.0, so equal scores have equal bits.
   int bits = score == score ? __float_as_int(score) : 0x7fc00000;
   Index ordered = bits ^ ((bits >> 31) & 0x7fffffff);
   return ordered * (1ll << 32) + (0x7fffffff - block);

@@ -19,6 +19,8 @@ from .layout import layout as triton_layout
 from .spec import Geometry, Slots, Spec
 from .tiles import most_items, segment, work_items
 
+MAX_PAIRS = 2**31 - 1  # pairs of a list are numbered in int32
+
 __all__ = ["backward_stages", "preprocess", "production"]
 
 
@@ -321,7 +323,7 @@ def _dkv(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One pair list for all queries; when int32 cannot number it, several, summed in float32 buffers."""
     (nq, hq, _), (nk, kv_heads, _), hr = q.shape, k.shape, indices.shape[1]
-    step = max(1, (2**31 - 1) // (hq * nslots.total))
+    step = max(1, MAX_PAIRS // (hq * nslots.total))
     several = nq > step
     dk, dv = (torch.empty(x.shape, dtype=torch.float32 if several else x.dtype, device=x.device) for x in (k, v))
     tiles = _tiles("moba.dkv", q, spec.block_size)
@@ -390,7 +392,7 @@ def backward_stages(
     dk, dv = _dkv(*rows, k, v, lse, indices, geo, spec, nslots, listed)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     each = hq * places * d * q.element_size() + 4 * hr * nslots.total
-    step = max(1, min(spec.workspace_bytes // each, (2**31 - 1) // (hq * nslots.total))) if places else max(nq, 1)
+    step = max(1, min(spec.workspace_bytes // each, MAX_PAIRS // (hq * nslots.total))) if places else max(nq, 1)
     for start in range(0, nq, step):
         end = min(start + step, nq)
         part = [x[start:end] for x in rows]

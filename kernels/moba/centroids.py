@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..states.tiles import arch, head_tile
 from .spec import Geometry, Spec
-from .tiles import TYPES, arch, load_rows, padded
+from .tiles import TYPES, load_rows
 
 
 @triton.jit
@@ -44,14 +45,14 @@ def centroids_kernel(
 
 
 def centroids(k: Tensor, geo: Geometry, spec: Spec) -> Tensor:
-    """`[num_blocks, Hkv, D]` float32; a partial last block is the mean of the keys it has, blocks past the last are 0."""
+    """`[num_blocks, Hkv, D]` float32; a partial last block is the mean of the keys it has, past the last are zeros."""
     heads, dim = k.shape[1], k.shape[2]
     out = torch.empty(geo.num_blocks, heads, dim, dtype=torch.float32, device=k.device)
     if out.numel():
         row = configs.get("moba.centroids", arch(k), dim, k.element_size())
         centroids_kernel[geo.num_blocks, heads](
-            k, out, geo.cu_k, geo.cu_blocks, geo.block_seq, k.stride(0), k.stride(1), geo.cu_k.numel() - 1, spec.block_size,
-            HKV=heads, D=dim, BLOCK_D=padded(dim), **row,
+            k, out, geo.cu_k, geo.cu_blocks, geo.block_seq, k.stride(0), k.stride(1), geo.cu_k.numel() - 1,
+            spec.block_size, HKV=heads, D=dim, BLOCK_D=head_tile(dim), **row,
         )  # fmt: skip
     return out
 
@@ -59,7 +60,7 @@ def centroids(k: Tensor, geo: Geometry, spec: Spec) -> Tensor:
 def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
     row = configs.get("moba.centroids", arch, head_dim, 4 if dtype == "fp32" else 2)
     options = {name: row.pop(name) for name in ("num_warps", "num_stages")}
-    constexprs = {"HKV": 8, "D": head_dim, "BLOCK_D": padded(head_dim), **row}
+    constexprs = {"HKV": 8, "D": head_dim, "BLOCK_D": head_tile(head_dim), **row}
     signature = {"k": TYPES[dtype], "out": "*fp32", "cu_k": "*i32", "cu_blocks": "*i32", "block_seq": "*i32"}
     signature |= dict.fromkeys(("stride_t", "stride_h", "num_seqs", "block_size"), "i32")
     signature |= dict.fromkeys(constexprs, "constexpr")

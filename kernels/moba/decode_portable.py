@@ -94,7 +94,7 @@ def _scores(q: Tensor, sums: Tensor, rows: Tensor, group: bool) -> Tensor:
 
 def _best(scores: Tensor, candidate: Tensor, count: int) -> Tensor:
     """The `count` best candidates, `[R, Hr, count]`, or -1: falling score, NaN first, ties to the lowest block."""
-    scores = torch.where(scores.isnan(), math.nan, scores) + 0.0  # one NaN, one zero
+    scores = scores.masked_fill(scores.isnan(), math.nan) + 0.0  # one NaN, one zero
     small = scores.dtype == torch.float32
     bits = scores.view(torch.int32 if small else torch.int64)
     ranks = (bits ^ ((bits >> (31 if small else 63)) & torch.iinfo(bits.dtype).max)).long()

@@ -1,7 +1,7 @@
 """Stage 4: attention, KV block by KV block for the chosen blocks, then each query's own block and the merge.
 
-`gathered_kernel` gives every (query, head, slot) its own place in a partial `(out, lse)` buffer; `finish_kernel` attends
-to the own block and adds the sink and the slots in slot order, so results repeat bit for bit. Scores are in log2 units.
+`gathered_kernel` gives every (query, head, slot) its own place in a partial `(out, lse)` buffer; `finish_kernel`
+attends to the own block, then adds the slots in slot order, so results repeat bit for bit. Scores are in log2 units.
 """
 
 import torch
@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..states.tiles import LN2, LOG2E, arch, head_tile
 from .spec import Geometry, Slots, Spec
-from .tiles import TYPES, arch, load_rows, most_items, padded, store_rows, work_items
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from .tiles import TYPES, load_rows, most_items, store_rows, work_items
 
 
 @triton.jit
@@ -190,7 +189,7 @@ def finish_kernel(
 
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     store_rows(out + (t * HQ + head) * D, acc, m_t, D, BLOCK_D)
-    tl.store(lse + t * HQ + head, (m + tl.log2(l)) / LOG2E, mask=m_t)
+    tl.store(lse + t * HQ + head, (m + tl.log2(l)) * LN2, mask=m_t)
 
 
 def gathered(
@@ -206,14 +205,14 @@ def gathered(
     keys = offsets.numel() - 1
     if part_lse.numel() and keys:
         row = configs.get("moba.gathered", arch(q), dim, q.element_size())
-        shared = hq // hkv if spec.group else 1
-        owner, first = work_items(offsets.diff() * shared, row["BLOCK_M"], most_items(nq * hq * places, keys, row["BLOCK_M"]))
+        shared, tile = hq // hkv if spec.group else 1, row["BLOCK_M"]
+        owner, first = work_items(offsets.diff() * shared, tile, most_items(nq * hq * places, keys, tile))
         gathered_kernel[owner.numel(),](
             q, k, v, pairs, offsets, owner, first, part, part_lse, geo.cu_k, geo.cu_blocks, geo.block_seq,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             spec.scale * LOG2E.value, keys, spec.block_size, nslots.total,
             OWN=nslots.own, FULL=spec.causal and spec.block_size % row["BLOCK_N"] == 0, HQ=hq, HKV=hkv, SHARED=shared,
-            D=dim, BLOCK_D=padded(dim), **row,
+            D=dim, BLOCK_D=head_tile(dim), **row,
         )  # fmt: skip
     return part, part_lse
 
@@ -230,11 +229,11 @@ def finish(
     seqs, tile = geo.cu_q.numel() - 1, row["BLOCK_M"]
     owner, first = work_items(geo.cu_q.diff(), tile, most_items(nq, seqs, tile))
     finish_kernel[owner.numel(), hq](
-        q, k, v, sinks, indices, part, part_lse, out, lse, owner, first, geo.cu_q, geo.cu_k, geo.cu_blocks, geo.query_pos,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q, k, v, sinks, indices, part, part_lse, out, lse, owner, first, geo.cu_q, geo.cu_k, geo.cu_blocks,
+        geo.query_pos, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         spec.scale * LOG2E.value, seqs, spec.block_size, nslots.total,
         CAUSAL=spec.causal, SINKS=sinks is not None, HQ=hq, HKV=hkv, SHARED=hq // indices.shape[1],
-        D=dim, BLOCK_D=padded(dim), **row,
+        D=dim, BLOCK_D=head_tile(dim), **row,
     )  # fmt: skip
 
 
@@ -244,7 +243,7 @@ def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
     ints = {"i32": (*strides, "keys", "num_seqs", "block_size", "slots"), TYPES[dtype]: ("q", "k", "v", "part", "out")}
     ints |= {"*fp32": ("sinks", "part_lse", "lse"), "fp32": ("scale",)}
     kinds = {name: kind for kind, names in ints.items() for name in names}
-    common = {"HQ": 32, "HKV": 8, "D": head_dim, "BLOCK_D": padded(head_dim)}
+    common = {"HQ": 32, "HKV": 8, "D": head_dim, "BLOCK_D": head_tile(head_dim)}
     stages = (
         ("gathered", gathered_kernel, {"OWN": 1, "FULL": True, "SHARED": 1}),
         ("gathered,group", gathered_kernel, {"OWN": 1, "FULL": False, "SHARED": 4}),

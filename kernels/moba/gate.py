@@ -1,7 +1,7 @@
 """Stage 2: each query's best blocks, streaming over tiles of centroids; scores never leave registers.
 
-A score and its block make one int64 key, ordered as float32 and then by falling block index. Keys are unique, so the best
-of them are exact under ties, and more than `WIDTH` of them come in rounds: the best below the worst of the round before.
+A score and its block make one int64 key, ordered as float32 and then by falling block index. Keys are unique, so the
+best are exact under ties, and more than `WIDTH` of them come in rounds: the best below the worst of the round before.
 """
 
 import torch
@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..states.tiles import arch, head_tile
 from .spec import Geometry, Slots, Spec
-from .tiles import TYPES, arch, load_rows, most_items, padded, work_items
+from .tiles import TYPES, load_rows, most_items, work_items
 
 WIDEST = 32
 NO_SCORE = tl.constexpr(-(2**31))
@@ -33,7 +34,7 @@ def unordered(bits):
 
 @triton.jit
 def split_tf32(x):
-    """`x` as the sum of two numbers of 11 significant bits each, as TF32 holds; infinities and NaN stay in the first."""
+    """`x` as a sum of two numbers of TF32's 11 significant bits; infinities and NaN stay in the first."""
     fits = tl.abs(x) < 1e38
     big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     big = tl.where(fits, big, x)
@@ -42,7 +43,7 @@ def split_tf32(x):
 
 @triton.jit
 def affinity(b_q, b_c, PRODUCTS: tl.constexpr):
-    """Scores `[m, n]` as good as float32's, by two TF32 products where TF32 holds `b_q`, three where it does not, or FMA."""
+    """Scores `[m, n]` as good as float32's: by FMA, two TF32 products where TF32 holds `b_q`, or three."""
     b_c = tl.trans(b_c)
     if PRODUCTS == 1:
         s = tl.dot(b_q, b_c, input_precision="ieee")
@@ -66,28 +67,43 @@ def put(indices, scores, p, block, mask, SCORES: tl.constexpr):
 
 
 @triton.jit
-def load_queries(p_q, m_t, stride_h, SUMMED: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr):
+def load_queries(p_q, m_t, stride_h, SUMMED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """float32 rows of q, added up over the heads that choose together."""
-    b_q = load_rows(p_q, m_t, D, DEPTH, False).to(tl.float32)
+    b_q = load_rows(p_q, m_t, D, BLOCK_D, False).to(tl.float32)
     for j in tl.static_range(1, SUMMED):
-        b_q += load_rows(p_q + j * stride_h, m_t, D, DEPTH, False).to(tl.float32)
+        b_q += load_rows(p_q + j * stride_h, m_t, D, BLOCK_D, False).to(tl.float32)
     return b_q
 
 
 @triton.jit
+def affinity_in_steps(p_q, m_t, p_n, m_n, stride_h, PRODUCTS: tl.constexpr, SUMMED: tl.constexpr, D: tl.constexpr,
+                      DEPTH: tl.constexpr):  # fmt: skip
+    """`affinity` of whole rows, `DEPTH` elements of the head at a time."""
+    s = tl.zeros([m_t.shape[0], m_n.shape[0]], tl.float32)
+    i_d = tl.arange(0, DEPTH)
+    p_q, p_n = p_q[:, None] + i_d[None, :], p_n[:, None] + i_d[None, :]
+    for d in range(0, D, DEPTH):
+        m = m_t[:, None] & (d + i_d < D)[None, :]
+        b_q = tl.load(p_q + d, mask=m, other=0.0).to(tl.float32)
+        for j in tl.static_range(1, SUMMED):
+            b_q += tl.load(p_q + d + j * stride_h, mask=m, other=0.0).to(tl.float32)
+        b_c = tl.load(p_n + d, mask=m_n[:, None] & (d + i_d < D)[None, :], other=0.0)
+        s += affinity(b_q, b_c, PRODUCTS)
+    return s
+
+
+@triton.jit
 def best_keys(top, b_q, p_q, m_t, p_c, sink, stop, longest, below, stride_h, stride_c, PRODUCTS: tl.constexpr,
-              SUMMED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    """Replace the worst keys of `top [m, w]` by better ones of blocks `sink <= n < stop[m]` whose key is under `below[m]`."""
+              SUMMED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+              DEPTH: tl.constexpr):  # fmt: skip
+    """Replace the worst keys of `top [m, w]` by better ones, under `below[m]`, of blocks `sink <= n < stop[m]`."""
     i_n = tl.arange(0, BLOCK_N)
     p_n = p_c + i_n * stride_c
     for n in range(sink, longest, BLOCK_N):
         if DEPTH >= D:
             s = affinity(b_q, load_rows(p_n, n + i_n < longest, D, BLOCK_D, False), PRODUCTS)
         else:
-            s = tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)
-            for d in tl.static_range(0, D, DEPTH):
-                b_d = load_queries(p_q + d, m_t, stride_h, SUMMED, D - d, DEPTH)
-                s += affinity(b_d, load_rows(p_n + d, n + i_n < longest, D - d, DEPTH, False), PRODUCTS)
+            s = affinity_in_steps(p_q, m_t, p_n, n + i_n < longest, stride_h, PRODUCTS, SUMMED, D, DEPTH)
         p_n += BLOCK_N * stride_c
         keys = (ordered(s).to(tl.int64) << 32) | (0x7FFFFFFF - n - i_n).to(tl.int64)[None, :]
         keys = tl.where((n + i_n[None, :] < stop[:, None]) & (keys < below[:, None]), keys, NO_KEY)
@@ -163,8 +179,9 @@ def gate_kernel(
     below = tl.full([BLOCK_M], 2**63 - 1, tl.int64)
     for done in range(0, picks, WIDTH):
         top = tl.zeros([BLOCK_M, WIDTH], tl.int64) + (i_w.to(tl.int64) + NO_KEY)[None, :]
-        top = best_keys(top, b_q, p_q, m_t, p_c, sink, stop, tl.where(done < longest - sink, longest, 0), below, stride_h,
-                        HKV * D, PRODUCTS, SUMMED, D, BLOCK_D, BLOCK_N, DEPTH)  # fmt: skip
+        until = tl.where(done < longest - sink, longest, 0)
+        top = best_keys(top, b_q, p_q, m_t, p_c, sink, stop, until, below, stride_h, HKV * D, PRODUCTS,
+                        SUMMED, D, BLOCK_D, BLOCK_N, DEPTH)  # fmt: skip
         below = tl.min(top, 1)
         top = tl.sort(top, dim=1, descending=True)
         found = (top >> 32).to(tl.int32)
@@ -179,21 +196,21 @@ def gate_kernel(
 def gate(
     q: Tensor, centroids: Tensor, geo: Geometry, spec: Spec, nslots: Slots, want_scores: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Fill every slot: `indices [Nq, Hr, slots]` int32 and, if wanted, float32 scores (`spec.py` says what is where)."""
+    """Fill every slot (`spec.py` says what is where): `indices [Nq, Hr, slots]` int32 and, if wanted, their scores."""
     nq, hq, dim = q.shape
     hkv = centroids.shape[1]
     hr = hkv if spec.group else hq
     indices = torch.empty(nq, hr, nslots.total, dtype=torch.int32, device=q.device)
     scores = torch.empty_like(indices, dtype=torch.float32) if want_scores else None
     if indices.numel():
-        row = configs.get("moba.gate", arch(q), dim, q.element_size())
+        row = _tiles(arch(q), dim, q.element_size(), hq // hr)
         seqs, tile = geo.cu_q.numel() - 1, row["BLOCK_M"]
         owner, first = work_items(geo.cu_q.diff(), tile, most_items(nq, seqs, tile))
         gate_kernel[owner.numel(), hr](
-            q, centroids, indices, scores, owner, first, geo.cu_q, geo.cu_blocks, geo.query_pos, q.stride(0), q.stride(1),
-            seqs, spec.block_size, nslots.sink, nslots.local, nslots.picks, nslots.total,
+            q, centroids, indices, scores, owner, first, geo.cu_q, geo.cu_blocks, geo.query_pos,
+            q.stride(0), q.stride(1), seqs, spec.block_size, nslots.sink, nslots.local, nslots.picks, nslots.total,
             CAUSAL=spec.causal, SCORES=want_scores, HR=hr, HKV=hkv, SUMMED=hq // hr, WIDTH=width(nslots.picks),
-            D=dim, BLOCK_D=padded(dim), **row,
+            D=dim, BLOCK_D=head_tile(dim), **row,
         )  # fmt: skip
     return indices, scores
 
@@ -203,17 +220,22 @@ def width(picks: int) -> int:
     return max(4, min(WIDEST, triton.next_power_of_2(picks)))
 
 
+def _tiles(arch: int, head_dim: int, dtype_bytes: int, summed: int) -> dict[str, int]:
+    row = configs.get("moba.gate", arch, head_dim, dtype_bytes)
+    return row if summed == 1 else row | {"DEPTH": min(row["DEPTH"], 32)}  # a third product needs the registers
+
+
 def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
-    row = configs.get("moba.gate", arch, head_dim, 4 if dtype == "fp32" else 2)
-    options = {name: row.pop(name) for name in ("num_warps", "num_stages")}
     signature = {"q": TYPES[dtype], "c": "*fp32", "indices": "*i32", "scores": "*fp32"}
     signature |= dict.fromkeys(("owner", "first", "cu_q", "cu_blocks", "query_pos"), "*i32")
     scalars = ("stride_t", "stride_h", "num_seqs", "block_size", "sink", "local", "picks", "slots")
     signature |= dict.fromkeys(scalars, "i32")
     jobs = []
     for picks, summed in ((7, 1), (32, 1), (7, 4)):
+        row = _tiles(arch, head_dim, 4 if dtype == "fp32" else 2, summed)
+        options = {name: row.pop(name) for name in ("num_warps", "num_stages")}
         constexprs = {"CAUSAL": True, "SCORES": False, "HR": 32 // summed, "HKV": 8, "SUMMED": summed}
-        constexprs |= {"WIDTH": width(picks), "D": head_dim, "BLOCK_D": padded(head_dim), **row}
+        constexprs |= {"WIDTH": width(picks), "D": head_dim, "BLOCK_D": head_tile(head_dim), **row}
         jobs.append({
             "name": f"moba.gate[{'group' if summed > 1 else 'head'},{width(picks)}]",
             "fn": gate_kernel,

@@ -4,9 +4,12 @@ The functions match `portable.py` and take one more argument: `backend="triton"`
 CUDA C++ with the rest in Triton.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .backward import backward_stages, preprocess
 from .centroids import centroids
 from .forward import finish, gathered
 from .spec import Geometry, Slots, Spec, geometry
@@ -23,8 +26,8 @@ def select(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor | None, cu_q: Tensor, cu_k: Tensor, spec: Spec,
-    nslots: Slots, backend: str = "triton",
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor | None, cu_q: Tensor, cu_k: Tensor,
+    spec: Spec, nslots: Slots, backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`out [Nq, Hq, D]`, `lse [Nq, Hq]` float32 and the indices used: those given, or chosen here."""
     with torch.cuda.device_of(q):
@@ -33,7 +36,7 @@ def forward(
         if indices is None:
             indices, _ = _choose(q, k, geo, spec, nslots, False, backend)
         else:
-            nslots = _replayed(indices, nslots)
+            indices, nslots = indices.contiguous(), _replayed(indices, nslots)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         layout, hkv = _layout(backend), k.shape[1]
@@ -55,13 +58,12 @@ def backward(
     indices: Tensor, cu_q: Tensor, cu_k: Tensor, spec: Spec, nslots: Slots, backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and, if there are any, sinks."""
-    from .backward import backward_stages, preprocess
-
     with torch.cuda.device_of(q):
         q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
         geo = geometry(cu_q, cu_k, q.shape[0], k.shape[0], spec.block_size)
         delta = preprocess(dout, out, dlse)
-        dq, dk, dv = backward_stages(dout, delta, q, k, v, lse, indices, geo, spec, _replayed(indices, nslots))
+        nslots = _replayed(indices, nslots)
+        dq, dk, dv = backward_stages(dout, delta, q, k, v, lse, indices, geo, spec, nslots, _layout(backend))
         if sinks is None:
             return dq, dk, dv, None
         share = torch.exp(sinks.float() - lse).masked_fill(lse == -torch.inf, 0.0)
@@ -69,7 +71,7 @@ def backward(
 
 
 def queries_at_once(q: Tensor, hkv: int, hr: int, spec: Spec, nslots: Slots) -> int:
-    """How many queries' partial results and lists fit in `spec.workspace_bytes`; at least one, and int32 can count them."""
+    """How many queries' partial results and lists fit in `spec.workspace_bytes` and int32; at least one."""
     (nq, hq, dim), places = q.shape, nslots.total - nslots.own
     if not places:
         return max(nq, 1)
@@ -88,7 +90,7 @@ def _choose(
     return gate(q, centroids(k, geo, spec), geo, spec, nslots, scores)
 
 
-def _layout(backend: str):
+def _layout(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "cuda":
         from ..cuda.module import layout
     else:

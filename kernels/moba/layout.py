@@ -10,15 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..states.tiles import arch
 from .spec import Geometry, Spec, cdiv
-from .tiles import arch
 
 NARROWEST = 128  # queries per chunk, so that short contexts do not make chunks of a handful
 
 
 @triton.jit
-def choices(indices, query_seq, query_pos, cu_blocks, nq, span, slots, block_size, i, CAUSAL: tl.constexpr, HR: tl.constexpr,
-            HKV: tl.constexpr):  # fmt: skip
+def choices(indices, query_seq, query_pos, cu_blocks, nq, span, slots, block_size, i, CAUSAL: tl.constexpr,
+            HR: tl.constexpr, HKV: tl.constexpr):  # fmt: skip
     """The `i`-th choices of this program's chunk and KV head: their pairs, keys, and which of them name a block."""
     group = HR // HKV
     head = tl.program_id(1)
@@ -42,19 +42,19 @@ def count_kernel(indices, table, query_seq, query_pos, cu_blocks, nq, span, slot
                  HR: tl.constexpr, HKV: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     for i in range(0, span * (HR // HKV) * slots, COUNT):
-        _, key, live = choices(indices, query_seq, query_pos, cu_blocks, nq, span, slots, block_size, i + tl.arange(0, COUNT),
-                               CAUSAL, HR, HKV)  # fmt: skip
+        _, key, live = choices(indices, query_seq, query_pos, cu_blocks, nq, span, slots, block_size,
+                               i + tl.arange(0, COUNT), CAUSAL, HR, HKV)  # fmt: skip
         tl.atomic_add(table + key * chunks + chunk, 1, mask=live, sem="relaxed")
 
 
 @triton.jit
-def place_kernel(indices, table, pairs, query_seq, query_pos, cu_blocks, nq, span, slots, block_size, CAUSAL: tl.constexpr,
-                 HR: tl.constexpr, HKV: tl.constexpr, PLACE: tl.constexpr):  # fmt: skip
+def place_kernel(indices, table, pairs, query_seq, query_pos, cu_blocks, nq, span, slots, block_size,
+                 CAUSAL: tl.constexpr, HR: tl.constexpr, HKV: tl.constexpr, PLACE: tl.constexpr):  # fmt: skip
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     lane = tl.arange(0, PLACE)
     for i in range(0, span * (HR // HKV) * slots, PLACE):
-        pair, key, live = choices(indices, query_seq, query_pos, cu_blocks, nq, span, slots, block_size, i + lane, CAUSAL,
-                                  HR, HKV)  # fmt: skip
+        pair, key, live = choices(indices, query_seq, query_pos, cu_blocks, nq, span, slots, block_size, i + lane,
+                                  CAUSAL, HR, HKV)  # fmt: skip
         key = tl.where(live, key, -1)
         same = key[:, None] == key[None, :]
         rank = tl.sum((same & (lane[None, :] < lane[:, None])).to(tl.int32), 1)
@@ -70,8 +70,8 @@ def place_kernel(indices, table, pairs, query_seq, query_pos, cu_blocks, nq, spa
 def layout(indices: Tensor, geo: Geometry, spec: Spec, hkv: int, q_start: int, q_end: int) -> tuple[Tensor, Tensor]:
     """Sort the choices of queries `q_start..q_end-1`, own slots left out, by `key = global_block * Hkv + kv_head`.
 
-    Returns `pairs` int32, `((t - q_start) * Hr + head) * slots + slot`, and `offsets [keys + 1]` int32: a key's pairs are
-    `pairs[offsets[key]:offsets[key + 1]]`. Past `offsets[-1]`, `pairs` holds nothing. Indices outside a sequence's
+    Returns `pairs` int32, `((t - q_start) * Hr + head) * slots + slot`, and `offsets [keys + 1]` int32: a key's pairs
+    are `pairs[offsets[key]:offsets[key + 1]]`. Past `offsets[-1]`, `pairs` holds nothing. Indices outside a sequence's
     candidates (not before the own block, or past the last) are read as "no block".
     """
     nq, (_, hr, slots) = q_end - q_start, indices.shape
@@ -83,9 +83,10 @@ def layout(indices: Tensor, geo: Geometry, spec: Spec, hkv: int, q_start: int, q
         return pairs, table[::chunks]
     row = configs.get("moba.layout", arch(indices), 256, 4)
     options = {"num_warps": row["num_warps"]}
-    inputs = (geo.query_seq[q_start:q_end], geo.query_pos[q_start:q_end], geo.cu_blocks, nq, span, slots, spec.block_size)
+    rows = slice(q_start, q_end)
+    inputs = (geo.query_seq[rows], geo.query_pos[rows], geo.cu_blocks, nq, span, slots, spec.block_size)
     meta = {"CAUSAL": spec.causal, "HR": hr, "HKV": hkv, **options}
-    chosen = indices[q_start:q_end].contiguous()
+    chosen = indices[rows].contiguous()
     count_kernel[chunks, hkv](chosen, table[1:], *inputs, COUNT=row["COUNT"], **meta)
     table.cumsum_(0)
     offsets = table[::chunks].clone()
@@ -98,11 +99,11 @@ def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
     options = {"num_warps": row["num_warps"], "num_stages": 1}
     arrays = dict.fromkeys(("indices", "table", "pairs", "query_seq", "query_pos", "cu_blocks"), "*i32")
     scalars = dict.fromkeys(("nq", "span", "slots", "block_size"), "i32")
-    jobs = []
+    jobs: list[dict] = []
     for fn, tile in ((count_kernel, "COUNT"), (place_kernel, "PLACE")):
         constexprs = {"CAUSAL": True, "HR": 32, "HKV": 8, tile: row[tile]}
         signature = {name: arrays[name] for name in arrays if name in fn.arg_names} | scalars
         signature |= dict.fromkeys(constexprs, "constexpr")
-        name = f"moba.layout[{tile.lower()}]"
-        jobs.append({"name": name, "fn": fn, "signature": signature, "constexprs": constexprs, "options": options, "dot": False})
+        job = {"name": f"moba.layout[{tile.lower()}]", "fn": fn, "signature": signature, "constexprs": constexprs}
+        jobs.append(job | {"options": options, "dot": False})
     return jobs

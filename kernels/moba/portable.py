@@ -1,8 +1,8 @@
 """MoBA in plain PyTorch: any device, any float dtype, float64 included; fast on the CPU.
 
-KV heads are walked one at a time on contiguous copies of their rows. Own blocks are tiles of dense causal attention; the
-other chosen blocks go through `portable_gather.py`, or, where blocks are tiny or queries few, everything goes through
-`portable_rows.py`. Tensors are packs, see `spec.py`.
+KV heads are walked one at a time on contiguous copies of their rows. Own blocks are tiles of dense causal attention;
+the other chosen blocks go through `portable_gather.py`. Where blocks are tiny or queries few, everything goes through
+`portable_rows.py` instead. Tensors are packs, see `spec.py`.
 """
 
 import math
@@ -135,5 +135,6 @@ def _own_tiles(seqs: list[Sequence], spec: Spec) -> Iterator[tuple[tuple, tuple,
             offset, rest = first % block, seq.nq - done
             whole = not offset and rest >= block
             count, nq = (min(rest // block, most), block) if whole else (1, min(block - offset, rest))
-            yield (seq.q0 + done, count, nq), (seq.k0 + first - offset, count, offset + nq), pieces(nq, offset + nq, True)
+            nk = offset + nq
+            yield (seq.q0 + done, count, nq), (seq.k0 + first - offset, count, nk), pieces(nq, nk, True)
             done += count * nq

@@ -84,7 +84,7 @@ class Workspace:
         """Rows of a run `[queries, heads, ...]` as one row per choice `[choices, width * ...]`."""
         return x.reshape(x.shape[0] * self.choosers, -1)
 
-    def lists(self, pairs: Pairs, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, slice]]:
+    def lists(self, pairs: Pairs, k: Tensor, v: Tensor) -> Iterator[tuple]:
         """Per chosen block: its pairs' rows, its keys and values [1, 1, m, d], its pairs' places in out and lse."""
         sizes = [c * self.width for c in pairs.counts]
         used = sum(sizes)

@@ -1,4 +1,4 @@
-"""Chosen blocks, query by query: each query's keys, own block included, are gathered and attended in one masked softmax.
+"""Chosen blocks, query by query: a query's keys, own block included, are gathered and attended in one masked softmax.
 
 For tiny blocks, and for few queries, where lists of queries per block would be short.
 """
@@ -19,7 +19,7 @@ def _chunks(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, seqs: list[Sequence], spec: Spec, acc: torch.dtype
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Queries, rows of `k` seen as [Nk * Hkv, D], their validity [t, g, r, keys], and q, k, v [t, g, r, ..., d]."""
-    (_, hq, d), hkv, block, device = q.shape, k.shape[1], spec.block_size, q.device
+    d, hkv, block, device = q.shape[2], k.shape[1], spec.block_size, q.device
     lengths = torch.tensor([s.nq for s in seqs], device=device)
     start, stop, last = (
         torch.tensor(x, dtype=torch.int64, device=device).repeat_interleave(lengths)
@@ -37,9 +37,9 @@ def _chunks(
         seen = (index >= 0) & (key < stop[rows, None, None, None, None])
         seen, key = seen.flatten(-2), key.flatten(-2)
         at = (key * hkv + head).masked_fill_(~seen, 0)
-        kc, vc = (
-            x.index_select(0, at.flatten()).to(acc).view(*at.shape, d).masked_fill_(~seen[..., None], 0.0) for x in (k, v)
-        )
+        kc, vc = (x.index_select(0, at.flatten()).to(acc).view(*at.shape, d) for x in (k, v))
+        for x in (kc, vc):
+            x.masked_fill_(~seen[..., None], 0.0)
         yield rows, at, seen, q[rows].to(acc).view(*at.shape[:3], -1, d), kc, vc
 
 

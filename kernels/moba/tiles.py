@@ -10,24 +10,11 @@ from .spec import Geometry, cdiv
 TYPES = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 
 
-def arch(x: Tensor) -> int:
-    """Compute capability, 10 * major + minor, of the device `x` lives on; the interpreter borrows Hopper's tables."""
-    if not x.is_cuda:
-        return 90
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
-
-
-def padded(head_dim: int) -> int:
-    """Width of a head's tile: a power of two, and at least what a tensor core multiplies."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
 def work_items(counts: Tensor, tile: int, bound: int) -> tuple[Tensor, Tensor]:
     """Cut owners with `counts` rows each into tiles of `tile` rows, without asking the device how many there are.
 
-    Returns `owner [bound]`, whose entry is `len(counts)` for items past the last tile, and `first [n + 1]`, each owner's
-    first item; both int32. Owners' items are in order, so `item - first[owner]` is the tile within its owner.
+    Returns `owner [bound]`, `len(counts)` for items past the last tile, and `first [n + 1]`, each owner's first item;
+    both int32. Owners' items are in order, so `item - first[owner]` is the tile within its owner.
     """
     first = counts.new_zeros(counts.numel() + 1, dtype=torch.int32)
     torch.cumsum(cdiv(counts, tile), 0, dtype=torch.int32, out=first[1:])

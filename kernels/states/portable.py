@@ -30,11 +30,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def uses_cpu_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def flash(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """State of `q [b, h, n, d]` over `k, v [b, h, m, d]`, heads expanded. lse [b, h, n] float32 (float64)."""
-    if q.device.type == "cpu":
+    if uses_cpu_kernel(q):
         mask = None if mask is None else mask[None, None]
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
@@ -63,7 +67,7 @@ def flash_backward(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one tile. `out` and `lse` may be those of more keys than the tile has."""
-    if q.device.type == "cpu":
+    if uses_cpu_kernel(q):
         return _flash_backward_cpu(dout, dlse, q, k, v, out, lse, causal, scale, mask)
     acc = accumulator(q.dtype)
     shift = (dout.to(acc) * out.to(acc)).sum(-1)
@@ -124,7 +128,7 @@ def _window_pieces(first: int, n: int, window: int, like: Tensor) -> list[Piece]
     """Queries at positions first..first+n-1, each seeing the `window` keys that end at its own."""
     lo, end = max(0, first - window + 1), first + n
     i = torch.arange(first, end, device=like.device)[:, None]
-    edge = min(max(lo, end - window + 1), first) if window >= n else end
+    edge = max(lo, end - window + 1) if window > n else end
     found = []
     if edge > lo:
         j = torch.arange(lo, edge, device=like.device)
@@ -212,7 +216,7 @@ def _tiles(cu_q: Tensor, cu_k: Tensor, q: Tensor, causal: bool, window: int | No
         if window is None or not causal:
             yield 1, q0, nq, k0, nk, pieces(nq, nk, causal)
             continue
-        step = min(max(window, 64), WINDOW_CHUNK)
+        step = min(max(window - 1, 64), WINDOW_CHUNK)
         for i in range(0, nq, step):
             n = min(step, nq - i)
             yield 1, q0 + i, n, k0, nk, _window_pieces(nk - nq + i, n, window, q)
@@ -278,9 +282,7 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> None:
         lse.copy_(total)
 
 
-def sinks_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None
-) -> Tensor | None:
+def sinks_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor | None:
     if sinks is None:
         return None
     shift = -(dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
