@@ -46,13 +46,15 @@ def pack(fn: str, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None
 def check_values(fn: str, cu_q: Tensor, cu_k: Tensor, nq: int, nk: int, causal: bool) -> None:
     """The values of user-given cumulative lengths. Runs inside the ops, so compiled callers are checked too.
 
-    On a GPU this reads back once per tensor, not once per call; under graph capture it is skipped.
+    On a GPU this reads back once per tensor, not once per call (inference tensors, which cannot tell whether they
+    changed, every time); under graph capture it is skipped.
     """
     if cu_q.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    versions = (0 if cu.is_inference() else cu._version for cu in (cu_q, cu_k))
-    seen, stamp = getattr(cu_q, "_attnlab_checked", None), (*versions, nq, nk, causal)
-    if seen is not None and seen[0]() is cu_k and seen[1] == stamp:
+    countable = not (cu_q.is_inference() or cu_k.is_inference())
+    stamp = (cu_q._version, cu_k._version, nq, nk, causal) if countable else None
+    seen = getattr(cu_q, "_attnlab_checked", None)
+    if seen is not None and seen[0]() is cu_k and stamp is not None and seen[1] == stamp:
         return
     for name, cu, total in (("cu_seqlens_q", cu_q, nq), ("cu_seqlens_k", cu_k, nk)):
         values = cu.tolist()

@@ -82,6 +82,7 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for i in range(repeats):
+        gc.collect()
         shift = i % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
             tick(name)
@@ -90,7 +91,6 @@ def interleave(
 
 
 def _sample(fn: Call, calls: int, device: torch.device) -> float:
-    gc.collect()
     if device.type == "cuda":
         return _cuda_sample(fn, device)
     start = time.perf_counter()

@@ -127,13 +127,15 @@ def test_bad_input_of_merge_states(outs, lses, error, message):
     assert str(caught.value).startswith("merge_states: ") and message in str(caught.value)
 
 
-def test_checked_values_are_checked_again_when_they_change():
-    good, other = ragged([8, 8])
-    x = [t[:1] for t in (Q, K, V)]
-    attnlab.moba_attention(*x, cu_seqlens_q=good, cu_seqlens_k=other, **OPTIONS)
-    good[-1] = 12
-    with pytest.raises(ValueError, match="cu_seqlens_q must end at 16"):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_checked_values_are_checked_again_when_they_change(mode):
+    with mode():
+        good, other = ragged([8, 8])
+        x = [t[:1] for t in (Q, K, V)]
         attnlab.moba_attention(*x, cu_seqlens_q=good, cu_seqlens_k=other, **OPTIONS)
+        good[-1] = 12
+        with pytest.raises(ValueError, match="cu_seqlens_q must end at 16"):
+            attnlab.moba_attention(*x, cu_seqlens_q=good, cu_seqlens_k=other, **OPTIONS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU could serve it")

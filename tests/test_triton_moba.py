@@ -1,4 +1,4 @@
-"""The Triton stages of MoBA one by one, and composed, on small packs. bfloat16 needs a GPU: interpreted, it is wrong."""
+"""The Triton stages of MoBA one by one, and composed, on small packs. bfloat16 needs a GPU: interpreted it is wrong."""
 
 import math
 
@@ -102,8 +102,12 @@ class Call:
         return oracle.attend(*(x.to(dtype) for x in (self.q, self.k, self.v)), sinks, seen, self.spec.scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+# Interpreted, the dtypes differ only in rounding: float16 for the cases with the most arithmetic is enough.
+HALF = ["B=48, D=80, pack", "gqa 3", "gqa 3, group", "Tq<Tk", "not causal", "D=256"]
+RUNS = [(c, t) for c in CASES for t in DTYPES if t == torch.float32 or torch.cuda.is_available() or c in HALF]
+
+
+@pytest.mark.parametrize(("case", "dtype"), RUNS)
 def test_forward(case, dtype, device):
     call = Call(case, dtype, device)
     indices, scores = call.select()
@@ -138,10 +142,11 @@ def scrambled(call, values, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("topk", [3, 6, 20])
-@pytest.mark.parametrize("options", [{}, {"group": True, "local": 1}, {"causal": False, "sink": 1}])
+@pytest.mark.parametrize(
+    ("topk", "options"), [(3, {}), (6, {"group": True, "local": 1}), (20, {"causal": False, "sink": 1})]
+)
 def test_ties_go_to_the_lowest_block(dtype, topk, options, device):
-    call = scrambled(Call(([64], [64], 4, 2, 16, 2, topk, options), dtype, device), [-1.0, -0.0, 0.0, 1.0])
+    call = scrambled(Call(([48], [48], 2, 1, 16, 2, topk, options), dtype, device), [-1.0, -0.0, 0.0, 1.0])
     indices, scores = call.select()
     expected, best = moba_select(call.q[None].double(), call.k[None].double(), **call.options)
     assert torch.equal(indices, expected[0])
@@ -149,7 +154,7 @@ def test_ties_go_to_the_lowest_block(dtype, topk, options, device):
 
 
 def test_more_picks_than_a_round_holds(device):
-    call = scrambled(Call(([90], [90], 1, 1, 16, 1, 70, {}), torch.float32, device), [-1.0, 0.0, 1.0, 2.0])
+    call = scrambled(Call(([74], [74], 1, 1, 16, 1, 68, {}), torch.float32, device), [-1.0, 0.0, 1.0, 2.0])
     indices, _ = call.select()
     assert torch.equal(indices, moba_select(call.q[None].double(), call.k[None].double(), **call.options)[0][0])
 
@@ -194,10 +199,17 @@ def counted(indices, geo, spec, hkv, start, end):
     return pairs[np.argsort(key, kind="stable")], np.concatenate([[0], sizes.cumsum()])
 
 
-@pytest.mark.parametrize("narrowest", [8, 128])
-@pytest.mark.parametrize("bounds", [(0, 103), (37, 90), (50, 50)])
-@pytest.mark.parametrize("options", [{}, {"group": True, "sink": 1}, {"causal": False}])
-def test_layout(narrowest, bounds, options, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "narrowest", "bounds"),
+    [
+        ({}, 16, (0, 103)),
+        ({}, 128, (37, 90)),
+        ({"group": True, "sink": 1}, 32, (37, 90)),
+        ({"causal": False}, 128, (0, 103)),
+        ({}, 16, (50, 50)),
+    ],
+)
+def test_layout(options, narrowest, bounds, device, monkeypatch):
     monkeypatch.setattr(stage, "NARROWEST", narrowest)
     call = Call(([70, 0, 33], [70, 5, 53], 4, 2, 16, 16, 3, options), torch.float32, device)
     indices, _ = call.select()
@@ -212,9 +224,8 @@ def test_layout(narrowest, bounds, options, device, monkeypatch):
 def test_segments_and_reruns_agree_bitwise(case, device):
     call = Call(case, torch.float16, device)
     whole = call.forward()
-    each = launch.queries_at_once(
-        call.q, call.k.shape[1], whole[2].shape[1], call.spec._replace(workspace_bytes=8000), call.nslots
-    )
+    small = call.spec._replace(workspace_bytes=8000)
+    each = launch.queries_at_once(call.q, call.k.shape[1], whole[2].shape[1], small, call.nslots)
     assert each < len(call.q) / 2
     for again in (call.forward(), call.forward(workspace_bytes=8000)):
         assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))

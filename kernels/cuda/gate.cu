@@ -1,12 +1,12 @@
 // Gate: every query's best blocks by q . centroid, streamed over tiles of centroids; no score matrix is ever stored.
 //
-// A program owns SIDE queries of one routed head. Per tile of SIDE centroids it forms float32 dot products, each summed in
-// the order d = 0 .. D-1, so that a score never depends on where its query sits. Then a warp per row keeps the row's best
-// 32 keys, one per lane. More than 32 picks take further rounds, each below the last key of the round before.
+// A program owns SIDE queries of one routed head. Per tile of SIDE centroids it forms float32 dot products, each summed
+// in the order d = 0 .. D-1, so that a score never depends on where its query sits. Then a warp per row keeps the row's
+// best 32 keys, one per lane. More than 32 picks take further rounds, each below the last key of the round before.
 //
 // A key orders like (score, -block): unique, so ties, rounds and reruns are exact. NaN ranks above everything.
-// Numbers come as long long, so that a launch need not know their sizes. DEPTH (of kernels/configs.py) and ELEMENT (Half,
-// Brain or float: what q holds) are macros of the build.
+// Numbers come as long long, so that a launch need not know their sizes. DEPTH (of kernels/configs.py) and ELEMENT
+// (Half, Brain or float: what q holds) are macros of the build.
 
 using Index = long long;
 using Key = long long;
@@ -26,7 +26,7 @@ struct Brain { unsigned short bits; };
 template <typename T> struct alignas(16) Pack { T x[16 / sizeof(T)]; };
 
 __device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(Brain x) { return __int_as_float(static_cast<int>(static_cast<unsigned>(x.bits) << 16)); }
+__device__ __forceinline__ float widen(Brain x) { return __int_as_float(static_cast<int>(x.bits * 65536u)); }
 __device__ __forceinline__ float widen(Half x) {
 #ifdef __CUDACC__
   float y;

@@ -43,16 +43,15 @@ def gate(
     return indices, scores
 
 
-def layout(
-    indices: Tensor, geo: Geometry, spec: Spec, nslots: Slots, hkv: int, q_start: int, q_end: int
-) -> tuple[Tensor, Tensor]:
+def layout(indices: Tensor, geo: Geometry, spec: Spec, hkv: int, q_start: int, q_end: int) -> tuple[Tensor, Tensor]:
     """The pairs that chose each (block, KV head), ascending within it.
 
     Returns `pairs [p]` and `offsets [num_blocks * hkv + 1]`, int32: key `block * hkv + head` owns
     `pairs[offsets[key]:offsets[key + 1]]`, and what lies past `offsets[-1]` is undefined. A pair is
-    `((t - q_start) * hr + h) * slots + slot`.
+    `((t - q_start) * hr + h) * slots + slot`. Blocks a query cannot choose (its own or later, or none of its
+    sequence's) are left out.
     """
-    queries, heads, slots = q_end - q_start, indices.shape[1], nslots.total
+    queries, (_, heads, slots) = q_end - q_start, indices.shape
     keys, device = geo.num_blocks * hkv, indices.device
     pairs = torch.empty(queries * heads * slots, dtype=torch.int32, device=device)
     if pairs.numel() == 0 or keys == 0:
@@ -61,8 +60,9 @@ def layout(
     chunk = min(max(geo.num_blocks, row["CHUNK"]), queries)
     chunks, threads = cdiv(queries, chunk), row["THREADS"]
     table = torch.zeros(keys * chunks + 1, dtype=torch.int32, device=device)
-    sources = (indices[q_start:q_end].contiguous(), geo.query_seq[q_start:q_end], geo.cu_blocks)
-    shape = (queries, heads, hkv, slots, nslots.own, chunk, chunks)
+    rows = slice(q_start, q_end)
+    sources = (indices[rows].contiguous(), geo.query_seq[rows], geo.query_pos[rows], geo.cu_blocks)
+    shape = (queries, heads, hkv, slots, spec.causal, spec.block_size, chunk, chunks)
     module.launch(
         "layout.cu", "layout_count", (cdiv(pairs.numel(), threads),), threads, (*sources, table, *shape), device
     )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..states.attention_backward import dkv_step, dq_step, preprocess
+from ..states.gradients import dkv_step, dq_step, preprocess
 from ..states.tiles import arch, cdiv, head_tile, job, load_lse, load_rows, precision, store_rows, tile_rows
 from .layout import layout as triton_layout
 from .spec import Geometry, Slots, Spec
@@ -44,46 +44,12 @@ def _block_span(block, cu_blocks, block_seq, cu_k, sequences, block_size):
 
 @triton.jit
 def dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dk,
-    dv,
-    pairs,
-    offsets,
-    cu_q,
-    cu_k,
-    cu_blocks,
-    block_seq,
-    q_t,
-    q_h,
-    k_t,
-    k_h,
-    v_t,
-    v_h,
-    g_t,
-    g_h,
-    kv_heads,
-    route_heads,
-    sequences,
-    slots,
-    q_start,
-    block_size,
-    scale,
-    OWN: tl.constexpr,
-    PAIRS: tl.constexpr,
-    ADD: tl.constexpr,
-    HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    q, k, v, dout, lse, delta, dk, dv, pairs, offsets, cu_q, cu_k, cu_blocks, block_seq, q_t, q_h, k_t, k_h, v_t, v_h,
+    g_t, g_h, kv_heads, route_heads, sequences, slots, q_start, block_size, scale,
+    OWN: tl.constexpr, PAIRS: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """HEADS query heads share a KV head, SHARED of them a choice; ADD continues what earlier launches summed."""
     i_h, tiles = tl.program_id(0) % kv_heads, tl.cdiv(block_size, BLOCK_N)
     block = tl.program_id(0) // kv_heads // tiles
@@ -141,44 +107,11 @@ def dkv_kernel(
 
 @triton.jit
 def dq_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    part,
-    pairs,
-    offsets,
-    owner,
-    first_tile,
-    cu_k,
-    cu_blocks,
-    block_seq,
-    q_t,
-    q_h,
-    k_t,
-    k_h,
-    v_t,
-    v_h,
-    g_t,
-    g_h,
-    kv_heads,
-    route_heads,
-    keys,
-    sequences,
-    slots,
-    block_size,
-    scale,
-    OWN: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SHARED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, dout, lse, delta, part, pairs, offsets, owner, first_tile, cu_k, cu_blocks, block_seq, q_t, q_h, k_t,
+    k_h, v_t, v_h, g_t, g_h, kv_heads, route_heads, keys, sequences, slots, block_size, scale,
+    OWN: tl.constexpr, WHOLE: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """A tile of one key's pair list. WHOLE: every listed block is a whole number of key tiles."""
     item = tl.program_id(0)
     key = tl.load(owner + item)
@@ -204,8 +137,8 @@ def dq_kernel(
     for n0 in tl.range(0, length, BLOCK_N):
         m_key = n0 + o_n < length
         b_dq = dq_step(
-            b_dq, b_q, b_dout, b_lse, b_delta, k + n0 * k_t.to(tl.int64), v + n0 * v_t.to(tl.int64), o_n * k_t, o_n * v_t,
-            m_key, m_key[None, :], scale, D, BLOCK_D, not WHOLE, PRECISION,
+            b_dq, b_q, b_dout, b_lse, b_delta, k + n0 * k_t.to(tl.int64), v + n0 * v_t.to(tl.int64), o_n * k_t,
+            o_n * v_t, m_key, m_key[None, :], scale, D, BLOCK_D, not WHOLE, PRECISION,
         )  # fmt: skip
 
     # Read again, or the addresses of both ends would live in registers through the loop.
@@ -218,43 +151,11 @@ def dq_kernel(
 
 @triton.jit
 def dq_finish_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    part,
-    indices,
-    dq,
-    owner,
-    first_tile,
-    cu_q,
-    cu_k,
-    cu_blocks,
-    query_pos,
-    q_t,
-    q_h,
-    k_t,
-    k_h,
-    v_t,
-    v_h,
-    g_t,
-    g_h,
-    kv_heads,
-    sequences,
-    slots,
-    block_size,
-    scale,
-    OWN: tl.constexpr,
-    HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, dout, lse, delta, part, indices, dq, owner, first_tile, cu_q, cu_k, cu_blocks, query_pos, q_t, q_h, k_t,
+    k_h, v_t, v_h, g_t, g_h, kv_heads, sequences, slots, block_size, scale,
+    OWN: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     i_tile, i_h = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     i_seq = tl.load(owner + i_tile)
     if i_seq >= sequences:
@@ -318,11 +219,11 @@ def _shape(q: Tensor, hr: int) -> dict:
 
 
 def _dkv(
-    dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, indices: Tensor, geo: Geometry, spec: Spec,
-    nslots: Slots, listed: Callable[[int, int], tuple[Tensor, Tensor]],
+    dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, indices: Tensor, geo: Geometry,
+    spec: Spec, nslots: Slots, listed: Callable[[int, int], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One pair list for all queries; when int32 cannot number it, several, summed in float32 buffers."""
-    (nq, hq, _), (nk, kv_heads, _), hr = q.shape, k.shape, indices.shape[1]
+    (nq, hq, _), kv_heads, hr = q.shape, k.shape[1], indices.shape[1]
     step = max(1, MAX_PAIRS // (hq * nslots.total))
     several = nq > step
     dk, dv = (torch.empty(x.shape, dtype=torch.float32 if several else x.dtype, device=x.device) for x in (k, v))
@@ -342,8 +243,8 @@ def _dkv(
 
 
 def _dq(
-    dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, indices: Tensor, geo: Geometry, spec: Spec,
-    nslots: Slots, pairs: Tensor, offsets: Tensor, dq: Tensor,
+    dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, indices: Tensor, geo: Geometry,
+    spec: Spec, nslots: Slots, pairs: Tensor, offsets: Tensor, dq: Tensor,
 ) -> None:  # fmt: skip
     """Write `dq` of a segment: `q`, `dout`, `delta`, `lse`, `indices` and `geo` are its rows, `pairs` its list."""
     (nq, hq, d), (_, kv_heads, _), hr = q.shape, k.shape, indices.shape[1]
@@ -356,8 +257,8 @@ def _dq(
         bound = most_items(nq * hq * places, keys, tiles["BLOCK_M"])
         owner, first = work_items(offsets.diff() * shape["SHARED"], tiles["BLOCK_M"], bound)
         dq_kernel[(bound,)](
-            q, k, v, dout, lse, delta, part, pairs, offsets, owner, first, geo.cu_k, geo.cu_blocks, geo.block_seq, *strides,
-            kv_heads, hr, keys, sequences, nslots.total, spec.block_size, spec.scale,
+            q, k, v, dout, lse, delta, part, pairs, offsets, owner, first, geo.cu_k, geo.cu_blocks, geo.block_seq,
+            *strides, kv_heads, hr, keys, sequences, nslots.total, spec.block_size, spec.scale,
             OWN=nslots.own, WHOLE=spec.causal and spec.block_size % tiles["BLOCK_N"] == 0, **shape, **tiles,
         )  # fmt: skip
     tiles, heads = _tiles("moba.dq_finish", q, spec.block_size), hq // kv_heads
@@ -371,13 +272,13 @@ def _dq(
 
 
 def backward_stages(
-    dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, indices: Tensor, geo: Geometry, spec: Spec,
-    nslots: Slots, layout: Callable[..., tuple[Tensor, Tensor]] = triton_layout,
+    dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, indices: Tensor, geo: Geometry,
+    spec: Spec, nslots: Slots, layout: Callable[..., tuple[Tensor, Tensor]] = triton_layout,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`dq, dk, dv` in the shapes of `q [Nq, Hq, D]` and `k, v [Nk, Hkv, D]`; `delta` comes from `preprocess`.
 
-    Partial dQ and its pair list are kept within `spec.workspace_bytes` by walking the queries in segments; dK and dV read
-    one list of all queries, 4 bytes for each of their slots.
+    Partial dQ and its pair list are kept within `spec.workspace_bytes` by walking the queries in segments; dK and dV
+    read one list of all queries, 4 bytes for each of their slots.
     """
     (nq, hq, d), (_, kv_heads, _) = q.shape, k.shape
     hr, places = indices.shape[1], nslots.total - nslots.own
@@ -408,8 +309,8 @@ def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
     size, x = (4 if dtype == "fp32" else 2), f"*{dtype}"
     types = dict.fromkeys(("q", "k", "v", "dout", "part", "dq", "dk", "dv"), x) | {"scale": "fp32"}
     types |= dict.fromkeys(("lse", "delta"), "*fp32")
-    tensors = ("pairs", "offsets", "owner", "first_tile", "indices", "cu_q", "cu_k", "cu_blocks", "block_seq", "query_pos")
-    types |= dict.fromkeys(tensors, "*i32")
+    types |= dict.fromkeys(("pairs", "offsets", "owner", "first_tile", "indices"), "*i32")
+    types |= dict.fromkeys(("cu_q", "cu_k", "cu_blocks", "block_seq", "query_pos"), "*i32")
     shape = dict(D=head_dim, BLOCK_D=head_tile(head_dim), PRECISION="tf32x3" if size == 4 else "tf32")
     modes = {
         "dkv": (dkv_kernel, dict(OWN=True, PAIRS=True, ADD=False, HEADS=4)),

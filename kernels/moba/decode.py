@@ -21,7 +21,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 @triton.jit
 def _rank(b_score, b_block, candidate):
-    """Unique int64 keys: the score's order, then the lowest block. NaN ranks first, -0 ties with 0; no candidate is -1."""
+    """Unique int64 keys: the score's order, then the lowest block. NaN is highest, -0 ties with 0, none is -1."""
     b_bits = tl.where(b_score == 0.0, 0.0, b_score).to(tl.int32, bitcast=True)
     b_bits = tl.where(b_score == b_score, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FC00000)
     # Shifted up by 2**31, so that every key is positive and -1 can stand for none.
@@ -30,7 +30,9 @@ def _rank(b_score, b_block, candidate):
 
 
 @triton.jit
-def _best(b_q, sums, s_n, first, end, below, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr):
+def _best(
+    b_q, sums, s_n, first, end, below, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
     """The K highest keys under `below` among blocks [first, end), highest first."""
     b_best = tl.full([K], -1, tl.int64)
     for n0 in tl.range(first, end, TILE):
@@ -45,27 +47,9 @@ def _best(b_q, sums, s_n, first, end, below, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def _attend(
-    b_acc,
-    b_m,
-    b_l,
-    b_q,
-    k,
-    v,
-    table,
-    k_page,
-    k_t,
-    v_page,
-    v_t,
-    page_size,
-    start,
-    begin,
-    end,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    b_acc, b_m, b_l, b_q, k, v, table, k_page, k_t, v_page, v_t, page_size, start, begin, end, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Keys [begin, end) of a row, at most a tile of them, through its page table."""
     o_n = begin + tl.arange(0, BLOCK_N)
     m_n = o_n < end
@@ -81,54 +65,13 @@ def _attend(
 
 @triton.jit
 def decode_kernel(
-    q,
-    k,
-    v,
-    table,
-    sums,
-    rows,
-    lengths,
-    starts,
-    sinks,
-    out,
-    lse,
-    indices,
-    part,
-    part_lse,
-    counter,
-    q_r,
-    q_h,
-    k_page,
-    k_t,
-    k_h,
-    v_page,
-    v_t,
-    v_h,
-    p_r,
-    s_r,
-    s_n,
-    s_h,
-    page_size,
-    block_size,
-    sink,
-    local,
-    picks,
-    scale,
-    STARTS: tl.constexpr,
-    SINKS: tl.constexpr,
-    HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    ROUTES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """HEADS query heads share a KV head, SHARED of them (a tile of BLOCK_G rows) a choice; BLOCK_M sums are scored at once."""
+    q, k, v, table, sums, rows, lengths, starts, sinks, out, lse, indices, part, part_lse, counter, q_r, q_h, k_page,
+    k_t, k_h, v_page, v_t, v_h, p_r, s_r, s_n, s_h, page_size, block_size, sink, local, picks, scale,
+    STARTS: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROUTES: tl.constexpr,
+    SPLITS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """HEADS query heads share a KV head, SHARED of them (BLOCK_G rows) a choice; BLOCK_M sums are scored at once."""
     i_split, i_route = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS % ROUTES
     i_r = (tl.program_id(0) // SPLITS // ROUTES).to(tl.int64)
     i_kv = i_route * SHARED // HEADS
@@ -247,7 +190,7 @@ def _merged(
 
 
 def _zeros(device: torch.device, n: int) -> Tensor:
-    """Counters that the kernel leaves at zero. A captured graph keeps its own: eager calls must not share its memory."""
+    """Counters that the kernel leaves at zero. A captured graph has its own: eager calls must not share its memory."""
     if device.type != "cuda":
         return torch.zeros(n, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
@@ -270,8 +213,9 @@ def decode(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Query `r` of `q [R, Hq, D]` against keys `0..lengths[r]-1` of cache row `rows[r]`.
 
-    `k_pages, v_pages [pages, page, Hkv, D]`, `table [Bc, P]`: token `t` lies at slot `starts[row] + t` of its row. `sums
-    [Bc, blocks, Hkv, D]` float32 are the blocks' summed keys. Returns `out`, `lse [R, Hq]` and `indices [R, Hr, slots]`.
+    `k_pages, v_pages [pages, page, Hkv, D]`, `table [Bc, P]`: token `t` lies at slot `starts[row] + t` of its row.
+    `sums [Bc, blocks, Hkv, D]` float32 are the blocks' summed keys. Returns `out`, `lse [R, Hq]` and `indices
+    [R, Hr, slots]` int32.
     """
     (r, hq, d), (_, page_size, kv_heads, _) = q.shape, k_pages.shape
     routes = kv_heads if spec.group else hq
@@ -307,6 +251,6 @@ def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
     shape["PRECISION"] = "tf32x3" if size == 4 else "tf32"
     config = configs.get("moba.decode", arch, head_dim, size)
     return [
-        job(f"moba.decode[{name}]", decode_kernel, types, shape | dict(SHARED=shared, ROUTES=routes, K=k), config, dot=False)
-        for name, shared, routes, k in (("head", 1, 32, 8), ("group", 4, 8, 8), ("rounds", 1, 32, ROUND))
+        job(f"moba.decode[{name}]", decode_kernel, types, shape | dict(SHARED=s, ROUTES=32 // s, K=k), config, dot=False)
+        for name, s, k in (("head", 1, 8), ("group", 4, 8), ("rounds", 1, ROUND))
     ]

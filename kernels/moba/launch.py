@@ -84,7 +84,7 @@ def _choose(
     q: Tensor, k: Tensor, geo: Geometry, spec: Spec, nslots: Slots, scores: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     if backend == "cuda":
-        from ..cuda.module import gate
+        from ..cuda.moba import gate
     else:
         from .gate import gate
     return gate(q, centroids(k, geo, spec), geo, spec, nslots, scores)
@@ -92,7 +92,7 @@ def _choose(
 
 def _layout(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "cuda":
-        from ..cuda.module import layout
+        from ..cuda.moba import layout
     else:
         from .layout import layout
     return layout

@@ -1,4 +1,4 @@
-"""Dense attention over packed sequences, `(out, lse)` in one pass (FlashAttention's tiling, arXiv 2205.14135, 2307.08691)."""
+"""Dense attention over packed sequences, `(out, lse)` in one pass, tiled as FlashAttention (arXiv 2307.08691)."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from .tiles import LN2, LOG2E, arch, cut, head_tile, job, load_rows, precision, 
 
 @triton.jit
 def softmax_step(b_acc, b_m, b_l, b_s, b_v, scale, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    """One online-softmax step in base 2. Masked scores come scaled with -inf holes, the others raw with `scale >= 0`."""
+    """One online-softmax step in base 2. Masked scores come scaled, with -inf holes; others raw, with `scale >= 0`."""
     if MASK:
         b_new = tl.maximum(b_m, tl.max(b_s, 1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -28,28 +28,10 @@ def softmax_step(b_acc, b_m, b_l, b_s, b_v, scale, MASK: tl.constexpr, PRECISION
 
 @triton.jit
 def _sweep(
-    b_acc,
-    b_m,
-    b_l,
-    b_q,
-    k,
-    v,
-    k_t,
-    v_t,
-    begin,
-    end,
-    b_pos,
-    len_k,
-    window,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    b_acc, b_m, b_l, b_q, k, v, k_t, v_t, begin, end, b_pos, len_k, window, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     o_n = tl.arange(0, BLOCK_N)
     for n0 in tl.range(begin, end, BLOCK_N):
         valid = n0 + o_n < len_k
@@ -86,36 +68,11 @@ def key_range(
 
 @triton.jit
 def forward_kernel(
-    q,
-    k,
-    v,
-    sinks,
-    out,
-    lse,
-    owner,
-    first_tile,
-    cu_q,
-    cu_k,
-    q_t,
-    q_h,
-    k_t,
-    k_h,
-    v_t,
-    v_h,
-    kv_heads,
-    sequences,
-    window,
-    scale,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SINKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, sinks, out, lse, owner, first_tile, cu_q, cu_k, q_t, q_h, k_t, k_h, v_t, v_h, kv_heads, sequences,
+    window, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     # Causal tiles grow along a sequence: the longest start first.
     i_tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_heads
     i_h = tl.program_id(0) % kv_heads
@@ -186,7 +143,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """`q [Nq, Hq, D]`, `k, v [Nk, Hkv, D]`, int32 `cu_q, cu_k [S+1]` -> `out [Nq, Hq, D]`, `lse [Nq, Hq]` float32.
 
-    Queries sit at the end of their sequence; `window=w` keeps keys `p-w < j <= p`. No keys: out 0, lse -inf (or the sink).
+    Queries sit at the end of their sequence; `window=w` keeps keys `p-w < j <= p`. No keys: out 0, lse -inf or sink.
     """
     nq, hq, d = q.shape
     kv_heads, sequences = k.shape[1], cu_q.numel() - 1

@@ -10,133 +10,16 @@ from torch import Tensor
 
 from .. import configs
 from .attention import key_range
-from .tiles import LOG2E, arch, cdiv, cut, head_tile, job, load_lse, load_rows, precision, store_rows, tile_bound, tile_rows
-
-
-@triton.jit
-def delta_kernel(
-    dout,
-    out,
-    dlse,
-    delta,
-    g_t,
-    g_h,
-    o_t,
-    o_h,
-    heads,
-    rows,
-    DLSE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_row = o_row < rows
-    i_t, i_h = o_row // heads, o_row % heads
-    b_dout = load_rows(dout, i_t * g_t + i_h * g_h, m_row, D, BLOCK_D, True).to(tl.float32)
-    b_out = load_rows(out, i_t * o_t + i_h * o_h, m_row, D, BLOCK_D, True).to(tl.float32)
-    b_delta = tl.sum(b_dout * b_out, 1)
-    if DLSE:
-        b_delta -= tl.load(dlse + o_row, mask=m_row, other=0.0)
-    tl.store(delta + o_row, b_delta, mask=m_row)
-
-
-@triton.jit
-def dkv_step(
-    b_dk,
-    b_dv,
-    b_k,
-    b_v,
-    q,
-    dout,
-    lse,
-    delta,
-    o_q,
-    o_g,
-    o_l,
-    m_row,
-    seen,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add a tile of rows to the dK (yet without the scale) and dV of a tile of keys. Scores lie `[keys, rows]`."""
-    b_q = load_rows(q, o_q, m_row, D, BLOCK_D, True)
-    b_lse = load_lse(lse, o_l, m_row)
-    b_p = tl.exp2(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2E) - b_lse[None, :])
-    if MASK:
-        b_p = tl.where(seen, b_p, 0.0)
-    b_dout = load_rows(dout, o_g, m_row, D, BLOCK_D, True)
-    b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-    b_delta = tl.load(delta + o_l, mask=m_row, other=0.0)
-    b_ds = b_p * (tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION) - b_delta[None, :])
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    return b_dk, b_dv
-
-
-@triton.jit
-def dq_step(
-    b_dq,
-    b_q,
-    b_dout,
-    b_lse,
-    b_delta,
-    k,
-    v,
-    o_k,
-    o_v,
-    m_key,
-    seen,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add a tile of keys to the dQ (yet without the scale) of a tile of rows."""
-    b_k = load_rows(k, o_k, m_key, D, BLOCK_D, MASK)
-    b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E) - b_lse[:, None])
-    if MASK:
-        b_p = tl.where(seen, b_p, 0.0)
-    b_v = load_rows(v, o_v, m_key, D, BLOCK_D, MASK)
-    b_ds = b_p * (tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+from .gradients import delta_kernel, dkv_step, dq_step, preprocess, sink_gradient
+from .tiles import arch, cut, head_tile, job, load_lse, load_rows, precision, store_rows, tile_bound, tile_rows
 
 
 @triton.jit
 def _dkv_sweep(
-    b_dk,
-    b_dv,
-    b_k,
-    b_v,
-    q,
-    dout,
-    lse,
-    delta,
-    q_t,
-    q_h,
-    g_t,
-    g_h,
-    begin,
-    end,
-    i_h,
-    heads,
-    n0,
-    shift,
-    window,
-    scale,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    b_dk, b_dv, b_k, b_v, q, dout, lse, delta, q_t, q_h, g_t, g_h, begin, end, i_h, heads, n0, shift, window, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Rows [begin, end) of a sequence; `shift` turns a query's index into its position."""
     o_n = n0 + tl.arange(0, BLOCK_N)
     for row in tl.range(begin, end, BLOCK_M):
@@ -157,39 +40,11 @@ def _dkv_sweep(
 
 @triton.jit
 def dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dk,
-    dv,
-    owner,
-    first_tile,
-    cu_q,
-    cu_k,
-    q_t,
-    q_h,
-    k_t,
-    k_h,
-    v_t,
-    v_h,
-    g_t,
-    g_h,
-    kv_heads,
-    sequences,
-    window,
-    scale,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, dout, lse, delta, dk, dv, owner, first_tile, cu_q, cu_k, q_t, q_h, k_t, k_h, v_t, v_h, g_t, g_h,
+    kv_heads, sequences, window, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     # Causal key tiles shrink along a sequence: the longest start first.
     i_tile, i_h = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     i_seq = tl.load(owner + i_tile)
@@ -216,7 +71,8 @@ def dkv_kernel(
     inner, outer = begin, end
     if CAUSAL:
         begin = tl.maximum(n0 - shift, 0) * HEADS
-        inner = tl.minimum(begin + tl.cdiv(tl.maximum(n0 + BLOCK_N - 1 - shift, 0) * HEADS - begin, BLOCK_M) * BLOCK_M, end)
+        partial = tl.maximum(n0 + BLOCK_N - 1 - shift, 0) * HEADS - begin
+        inner = tl.minimum(begin + tl.cdiv(partial, BLOCK_M) * BLOCK_M, end)
     if WINDOW:
         end = tl.minimum(tl.maximum(n0 + BLOCK_N - 1 + window - shift, 0) * HEADS, end)
         inner = tl.minimum(inner, end)
@@ -246,29 +102,10 @@ def dkv_kernel(
 
 @triton.jit
 def _dq_sweep(
-    b_dq,
-    b_q,
-    b_dout,
-    b_lse,
-    b_delta,
-    k,
-    v,
-    k_t,
-    v_t,
-    begin,
-    end,
-    b_pos,
-    len_k,
-    window,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    b_dq, b_q, b_dout, b_lse, b_delta, k, v, k_t, v_t, begin, end, b_pos, len_k, window, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     o_n = tl.arange(0, BLOCK_N)
     for n0 in tl.range(begin, end, BLOCK_N):
         valid = n0 + o_n < len_k
@@ -286,38 +123,11 @@ def _dq_sweep(
 
 @triton.jit
 def dq_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dq,
-    owner,
-    first_tile,
-    cu_q,
-    cu_k,
-    q_t,
-    q_h,
-    k_t,
-    k_h,
-    v_t,
-    v_h,
-    g_t,
-    g_h,
-    kv_heads,
-    sequences,
-    window,
-    scale,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, dout, lse, delta, dq, owner, first_tile, cu_q, cu_k, q_t, q_h, k_t, k_h, v_t, v_h, g_t, g_h, kv_heads,
+    sequences, window, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     # Causal tiles grow along a sequence: the longest start first.
     i_tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_heads
     i_h = tl.program_id(0) % kv_heads
@@ -360,25 +170,6 @@ def dq_kernel(
     store_rows(dq, ((start_q + o_i) * heads + o_h) * D, m_row, b_dq * scale, D, BLOCK_D)
 
 
-def preprocess(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
-    """`delta = rowsum(dout * out) - dlse`, float32 `[Nq, Hq]`."""
-    nq, heads, d = out.shape
-    delta = torch.empty(nq, heads, dtype=torch.float32, device=out.device)
-    if nq:
-        dlse = None if dlse is None else dlse.contiguous()
-        tile = max(1, 4096 // head_tile(d))
-        delta_kernel[(cdiv(nq * heads, tile),)](
-            dout, out, dlse, delta, *dout.stride()[:2], *out.stride()[:2], heads, nq * heads,
-            DLSE=dlse is not None, D=d, BLOCK_D=head_tile(d), BLOCK_M=tile, num_warps=4,
-        )  # fmt: skip
-    return delta
-
-
-def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """`[Hq]` float32: a sink is a key whose value is zero, so its dS is `-P * delta`."""
-    return -(torch.exp(sinks.float() - lse) * delta).sum(0)
-
-
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -394,7 +185,7 @@ def attention_backward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `attention` for `dout [Nq, Hq, D]`, `dlse [Nq, Hq]`: `dq, dk, dv` like `q, k, v`, `dsinks [Hq]` float32."""
+    """Gradients of `attention` for `dout [Nq, Hq, D]`, `dlse [Nq, Hq]`: like `q, k, v`, and `dsinks [Hq]` float32."""
     (nq, hq, d), (nk, kv_heads, _) = q.shape, k.shape
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = preprocess(dout, out, dlse)

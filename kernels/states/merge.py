@@ -63,26 +63,9 @@ def merge_kernel(
 
 @triton.jit
 def merge_backward_kernel(
-    dout,
-    dlse,
-    outs,
-    lses,
-    out,
-    lse,
-    douts,
-    dlses,
-    shards,
-    rows,
-    D,
-    g_m,
-    o_n,
-    o_m,
-    l_n,
-    l_m,
-    DLSE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    dout, dlse, outs, lses, out, lse, douts, dlses, shards, rows, D, g_m, o_n, o_m, l_n, l_m,
+    DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """`w = exp(lse_n - lse)`: `dout_n = w dout`, `dlse_n = w (dout . (out_n - out) + dlse)`; zero for empty shards."""
     i_n = tl.program_id(1)
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

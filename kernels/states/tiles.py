@@ -1,7 +1,7 @@
 """What the Triton attention kernels share: cutting lists of rows into tiles, and moving rows in and out.
 
-The rows of a tile are (token, head) pairs: row `r` of a list is token `r // HEADS` and head `r % HEADS`, so that the query
-heads of one KV head share every key they read and short sequences still fill a tile.
+The rows of a tile are (token, head) pairs: row `r` of a list is token `r // HEADS` and head `r % HEADS`, so that the
+query heads of one KV head share every key they read and short sequences still fill a tile.
 """
 
 import torch
@@ -23,7 +23,7 @@ def tile_bound(rows: int, lists: int, tile: int) -> int:
 
 
 def cut(counts: Tensor, tile: int, bound: int) -> tuple[Tensor, Tensor]:
-    """Cut lists of `counts` rows in tiles: each tile's list (`counts.numel()` past the last), and each list's first tile."""
+    """Cut lists of `counts` rows in tiles: the list of each (`counts.numel()` past the last), a list's first tile."""
     first = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
     first[1:] = torch.cumsum(cdiv(counts, tile), 0)
     tiles = torch.arange(bound, dtype=torch.int32, device=counts.device)
@@ -84,7 +84,7 @@ def load_lse(lse, offset, valid):
 
 
 def job(name: str, fn, types: dict[str, str], constexprs: dict, config: dict[str, int], dot: bool) -> dict:
-    """One configuration for `kernels/compile.py`; arguments in neither dict are int32, and the strides multiples of 16."""
+    """One configuration for `kernels/compile.py`; arguments in neither dict are int32, strides multiples of 16."""
     launch = {key: config[key] for key in ("num_warps", "num_stages") if key in config}
     constexprs = constexprs | {key: value for key, value in config.items() if key not in launch}
     signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "i32") for arg in fn.arg_names}

@@ -1,7 +1,7 @@
-// Runs a .cu file as host C++: every thread of a block is a fiber, and barriers and warp collectives switch between them.
+// Runs a .cu file as host C++: every thread of a block is a fiber; barriers and warp collectives switch between them.
 //
 // Blocks run one after another, threads in rising or falling order between barriers: a barrier that is missing shows as
-// two orders that disagree, and one that not all threads reach as an error. Enough of CUDA for this repository's sources.
+// two orders that disagree, one that not all threads reach as an error. Enough of CUDA for this repository's sources.
 
 #pragma once
 
@@ -188,12 +188,8 @@ template <typename T> T shuffle(unsigned mask, T value, int lane, int line) {
   return emulation::unbits<T>(emulation::exchange(mask, emulation::bits(value), line)[lane & 31]);
 }
 template <typename T> T shuffle_up(unsigned mask, T value, unsigned delta, int line) {
-  unsigned lane = threadIdx.x % 32;
-  return emulation::unbits<T>(emulation::exchange(mask, emulation::bits(value), line)[lane < delta ? lane : lane - delta]);
-}
-template <typename T> T shuffle_xor(unsigned mask, T value, int flip, int line) {
-  unsigned lane = threadIdx.x % 32;
-  return emulation::unbits<T>(emulation::exchange(mask, emulation::bits(value), line)[lane ^ flip]);
+  unsigned lane = threadIdx.x % 32, source = lane < delta ? lane : lane - delta;
+  return emulation::unbits<T>(emulation::exchange(mask, emulation::bits(value), line)[source]);
 }
 inline unsigned ballot(unsigned mask, bool vote, int line) {
   const uint64_t* votes = emulation::exchange(mask, vote, line);
@@ -210,7 +206,6 @@ template <typename T> unsigned match_any(unsigned mask, T value, int line) {
 
 #define __shfl_sync(mask, value, lane) shuffle(mask, value, lane, __LINE__)
 #define __shfl_up_sync(mask, value, delta) shuffle_up(mask, value, delta, __LINE__)
-#define __shfl_xor_sync(mask, value, flip) shuffle_xor(mask, value, flip, __LINE__)
 #define __ballot_sync(mask, vote) ballot(mask, vote, __LINE__)
 #define __match_any_sync(mask, value) match_any(mask, value, __LINE__)
 
