@@ -44,7 +44,7 @@ TABLES: dict[str, Table] = {
     },
     "states.dkv": {
         (80, 64, 2): {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-        (80, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        (80, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         (80, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
         (90, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
         (90, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
@@ -72,7 +72,7 @@ TABLES: dict[str, Table] = {
     },
     "moba.dkv": {
         (80, 64, 2): {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-        (80, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        (80, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         (80, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
         (90, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
         (90, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
@@ -111,12 +111,11 @@ TABLES: dict[str, Table] = {
         (0, 128, 4): {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
         (0, 256, 4): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
-    # DEPTH: elements of the head multiplied at a time; all of them where registers do not hold the centroids.
-    # BLOCK_M block sums scored at once, BLOCK_N keys attended at once.
-    # BLOCK_M block sums scored at once, BLOCK_N keys attended at once.
-    # BLOCK_M block sums scored at once, BLOCK_N keys attended at once.
     # BLOCK_M block sums scored at once, BLOCK_N keys attended at once.
     "moba.decode": {
+        (80, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (80, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (80, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         (0, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         (0, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         (0, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
@@ -132,7 +131,7 @@ TABLES: dict[str, Table] = {
         (80, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 32, "num_warps": 4, "num_stages": 1},
         (90, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "DEPTH": 256, "num_warps": 4, "num_stages": 2},
         (90, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 64, "num_warps": 4, "num_stages": 1},
-        (100, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "DEPTH": 256, "num_warps": 4, "num_stages": 2},
+        (100, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 256, "num_warps": 4, "num_stages": 2},
         (100, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 64, "num_warps": 4, "num_stages": 1},
         (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 32, "num_warps": 4, "num_stages": 1},
         (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 32, "DEPTH": 64, "num_warps": 4, "num_stages": 1},
@@ -148,7 +147,7 @@ TABLES: dict[str, Table] = {
         (90, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
         (90, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
         (90, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
-        (100, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (100, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
         (100, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         (100, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
         (120, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -165,7 +164,7 @@ TABLES: dict[str, Table] = {
         (90, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
         (90, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
         (90, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-        (100, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (100, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
         (100, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         (100, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
         (120, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},

@@ -222,7 +222,9 @@ def width(picks: int) -> int:
 
 def _tiles(arch: int, head_dim: int, dtype_bytes: int, summed: int) -> dict[str, int]:
     row = configs.get("moba.gate", arch, head_dim, dtype_bytes)
-    return row if summed == 1 else row | {"DEPTH": min(row["DEPTH"], 32)}  # a third product needs the registers
+    if summed > 1:  # a third product needs the registers
+        row |= {"BLOCK_N": min(row["BLOCK_N"], 32), "DEPTH": min(row["DEPTH"], 32)}
+    return row
 
 
 def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
