@@ -133,8 +133,10 @@ TABLES: dict[str, Table] = {
         (90, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 64, "num_warps": 4, "num_stages": 1},
         (100, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 256, "num_warps": 4, "num_stages": 2},
         (100, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 64, "num_warps": 4, "num_stages": 1},
-        (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 32, "num_warps": 4, "num_stages": 1},
-        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 32, "DEPTH": 64, "num_warps": 4, "num_stages": 1},
+        (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "DEPTH": 16, "num_warps": 4, "num_stages": 1},
+        (90, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 32, "DEPTH": 32, "num_warps": 8, "num_stages": 1},
+        (100, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 32, "DEPTH": 32, "num_warps": 8, "num_stages": 1},
+        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 32, "DEPTH": 16, "num_warps": 4, "num_stages": 1},
     },
     # COUNT and PLACE choices at a time; PLACE compares every one with every other.
     "moba.layout": {
@@ -153,8 +155,7 @@ TABLES: dict[str, Table] = {
         (120, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
         (120, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
         (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-        (0, 64, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-        (0, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
         (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "moba.finish": {
@@ -170,8 +171,7 @@ TABLES: dict[str, Table] = {
         (120, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
         (120, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
         (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-        (0, 64, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-        (0, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
         (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
 }

@@ -6,11 +6,12 @@ import zlib
 import pytest
 import torch
 
+import attnlab
 from attnlab.kernels.moba import portable
 from attnlab.kernels.moba import portable_gate as gate
 from attnlab.kernels.moba.spec import Spec, cdiv, slots
 from attnlab.reference import moba as reference
-from attnlab.testing import assert_accurate, ragged
+from attnlab.testing import assert_accurate, gaussian, ragged
 from tests import oracle
 
 # lengths_q, lengths_k, heads, kv_heads, head_dim, block_size, topk, options
@@ -291,3 +292,26 @@ def test_blocks_by_the_hundred():
     )
     torch.testing.assert_close(out, want[0].float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, want_lse[0].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
+def test_threads_change_nothing(heads, kv_heads):
+    """Heads run on Python threads when PyTorch may use several; CI's workers have one each, so ask for them."""
+    x = [t.requires_grad_() for t in gaussian(1, 700, 700, heads, kv_heads, 16)]
+
+    def run(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = attnlab.moba_attention(*x, block_size=32, topk=3, backend="portable")
+            grads = torch.autograd.grad(out.square().sum(), x)
+            assert torch.get_num_threads() == threads
+            return out, *grads
+        finally:
+            torch.set_num_threads(before)
+
+    alone = run(1)
+    for threads in (2, 3):
+        for a, b in zip(alone, run(threads), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(run(2), run(2), strict=True))

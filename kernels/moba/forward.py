@@ -240,9 +240,9 @@ def finish(
 def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
     size = 4 if dtype == "fp32" else 2
     strides = [f"{x}_stride_{y}" for x in "qkv" for y in "th"]
-    ints = {"i32": (*strides, "keys", "num_seqs", "block_size", "slots"), TYPES[dtype]: ("q", "k", "v", "part", "out")}
-    ints |= {"*fp32": ("sinks", "part_lse", "lse"), "fp32": ("scale",)}
-    kinds = {name: kind for kind, names in ints.items() for name in names}
+    kinds = dict.fromkeys((*strides, "keys", "num_seqs", "block_size", "slots"), "i32") | {"scale": "fp32"}
+    kinds |= dict.fromkeys(("q", "k", "v", "part", "out"), TYPES[dtype])
+    kinds |= dict.fromkeys(("sinks", "part_lse", "lse"), "*fp32")
     common = {"HQ": 32, "HKV": 8, "D": head_dim, "BLOCK_D": head_tile(head_dim)}
     stages = (
         ("gathered", gathered_kernel, {"OWN": 1, "FULL": True, "SHARED": 1}),

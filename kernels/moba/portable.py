@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..states.portable import accumulator, add_sinks, pieces, sinks_backward, tile, tile_backward, tile_forward
+from ..threads import each, workers
 from . import portable_gather as gather
 from . import portable_rows as by_rows
 from .portable_gate import Sequence, route, sequences
@@ -49,8 +50,11 @@ def forward(
         by_rows.forward(q, k, v, indices, seqs, spec, out, lse)
         add_sinks(out, lse, sinks)
         return out, lse, indices
-    workspace = gather.Workspace(indices, nslots, q, k, _room(q, spec))
-    for heads, head in _kv_heads(q, k):
+    heads_of, count = _kv_heads(q, k)
+
+    def one(item: tuple[slice, slice]) -> None:
+        heads, head = item
+        workspace = gather.Workspace(indices, nslots, q, k, _room(q, spec) // count)
         qh, kh, vh = _rows(q, heads), _rows(k, head), _rows(v, head)
         o = torch.zeros(qh.shape, dtype=q.dtype, device=q.device)
         x = torch.full(qh.shape[:2], -math.inf, dtype=lse.dtype, device=q.device)
@@ -60,6 +64,8 @@ def forward(
         for pairs in workspace.segments(indices, head.start, seqs, spec):
             gather.forward(pairs, workspace, qh, kh, vh, o, x, spec.scale)
         out[:, heads], lse[:, heads] = o, x
+
+    each(one, heads_of, count)
     return out, lse, indices
 
 
@@ -86,8 +92,11 @@ def backward(
     if _prefer_rows(q, k, indices, seqs, spec):
         by_rows.backward(dout, dlse, q, k, v, out, lse, indices, seqs, spec, (dq, dk, dv))
         return dq, dk, dv, dsinks
-    workspace = gather.Workspace(indices, nslots, q, k, _room(q, spec))
-    for heads, head in _kv_heads(q, k):
+    heads_of, count = _kv_heads(q, k)
+
+    def one(item: tuple[slice, slice]) -> None:
+        heads, head = item
+        workspace = gather.Workspace(indices, nslots, q, k, _room(q, spec) // count)
         qh, kh, vh = _rows(q, heads), _rows(k, head), _rows(v, head)
         do, o, x = _rows(dout, heads), _rows(out, heads), _rows(lse, heads)
         dx = None if dlse is None else _rows(dlse, heads)
@@ -99,13 +108,16 @@ def backward(
         for pairs in workspace.segments(indices, head.start, seqs, spec):
             gather.backward(pairs, workspace, do, dx, qh, kh, vh, o, x, grads, spec.scale)
         dq[:, heads], dk[:, head], dv[:, head] = grads
+
+    each(one, heads_of, count)
     return dq, dk, dv, dsinks
 
 
-def _kv_heads(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The query heads of each KV head, and that head."""
+def _kv_heads(q: Tensor, k: Tensor) -> tuple[list[tuple[slice, slice]], int]:
+    """The query heads of each KV head and that head, and how many to handle at a time."""
     group = q.shape[1] // k.shape[1]
-    return ((slice(g * group, (g + 1) * group), slice(g, g + 1)) for g in range(k.shape[1]))
+    heads = [(slice(g * group, (g + 1) * group), slice(g, g + 1)) for g in range(k.shape[1])]
+    return heads, workers(len(heads), q)
 
 
 def _rows(x: Tensor, heads: slice) -> Tensor:
