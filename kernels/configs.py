@@ -113,13 +113,12 @@ TABLES: dict[str, Table] = {
     },
     # BLOCK_M block sums scored at once, BLOCK_N keys attended at once.
     "moba.decode": {
-        (80, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         (80, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         (80, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         (0, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         (0, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         (0, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
         (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "moba.centroids": {

@@ -258,9 +258,9 @@ def test_strided_inputs(device):
 @pytest.mark.parametrize("case", ["sinks", "not causal, group, sink"])
 def test_backward(case, device):
     call = Call(case, torch.float32, device)
-    call.sinks = torch.randn(call.q.shape[1], device=device) if call.sinks is None else call.sinks
-    out, lse, indices = call.forward()
     g = torch.Generator().manual_seed(1)
+    call.sinks = torch.randn(call.q.shape[1], generator=g).to(device)
+    out, lse, indices = call.forward()
     dout, dlse = (torch.randn(x.shape, generator=g).to(device) for x in (out, lse))
     spec = call.spec._replace(workspace_bytes=20000)
     args = dout, dlse, call.q, call.k, call.v, call.sinks, out, lse, indices, call.cu_q, call.cu_k, spec, call.nslots

@@ -250,7 +250,8 @@ def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
     shape = dict(STARTS=False, SINKS=False, HEADS=4, SPLITS=8, D=head_dim, BLOCK_D=head_tile(head_dim), BLOCK_G=16)
     shape["PRECISION"] = "tf32x3" if size == 4 else "tf32"
     config = configs.get("moba.decode", arch, head_dim, size)
+    modes = {"head": (1, 8), "group": (4, 8), "rounds": (1, ROUND)}
     return [
-        job(f"moba.decode[{name}]", decode_kernel, types, shape | dict(SHARED=s, ROUTES=32 // s, K=k), config, dot=False)
-        for name, s, k in (("head", 1, 8), ("group", 4, 8), ("rounds", 1, ROUND))
+        job(f"moba.decode[{name}]", decode_kernel, types, shape | dict(SHARED=n, ROUTES=32 // n, K=k), config, False)
+        for name, (n, k) in modes.items()
     ]

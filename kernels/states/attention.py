@@ -50,9 +50,7 @@ def _sweep(
 
 
 @triton.jit
-def key_range(
-    first_pos, last_pos, len_k, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
-):
+def key_range(first_pos, last_pos, len_k, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Bounds, in whole key tiles, of what a tile of queries sees: [begin, inner) and [outer, end) need masks."""
     begin, inner = 0, 0
     end, outer = len_k, len_k // BLOCK_N * BLOCK_N
