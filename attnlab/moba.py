@@ -89,7 +89,7 @@ def moba_attention(
         sink_blocks, local_blocks: the first blocks, and the blocks before the own one, that every query attends on top
             of `topk`; they are no candidates of the gate.
         sinks: `[Hq]`, one logit per head in the softmax's denominator, and so in the lse, without a value.
-        selection: replays a `MoBASelection` (of the same call) in place of the gate.
+        selection: replays a `MoBASelection` of the same call in place of the gate; no row may name a block twice.
         return_lse: also return the `lse`, differentiable.
         deterministic: `True` promises bitwise equal reruns. `False` permits a backend to order sums freely; none does.
         workspace_bytes: bound on the partial results that the kernels hold at once.
