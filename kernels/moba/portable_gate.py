@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..threads import each, workers
 from .spec import Slots, Spec, cdiv
 
-CHUNK_SCORES = 1 << 18  # scores held at a time: 1 MiB stays in a core's second-level cache
+CHUNK_SCORES = 1 << 20  # scores held at a time: few enough for the caches, enough that calls cost little
 CHUNK_TOKENS = 64  # fewest queries per chunk, so that tiny blocks do not mean as many steps
 MOST_ROUNDS = 32  # up to here one maximum after another is faster than torch.topk
 TOP_INDEX = 2**31 - 1
@@ -46,21 +45,13 @@ def route(
     shape = (q.shape[0], k.shape[1] if spec.group else q.shape[1], nslots.total)
     indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
     scores = torch.full(shape, -math.inf, device=q.device) if want_scores else None
-    seqs = [seq for seq in seqs if seq.nq and seq.nk]
     for seq in seqs:
-        rows = slice(seq.q0, seq.q0 + seq.nq)
-        _rules(indices[rows], seq, spec, nslots)
-        if scores is not None:
-            scores[rows].masked_fill_(indices[rows] >= 0, math.inf)
-
-    def one(parts: tuple[Tensor, ...]) -> None:
-        for seq in seqs:
-            _picks(*parts, seq, spec, nslots)
-
-    count = workers(k.shape[1], q)
-    split = [x.chunk(k.shape[1] if count > 1 else 1, 1) for x in (q, k, indices)]
-    split.append([None] * len(split[0]) if scores is None else scores.chunk(len(split[0]), 1))
-    each(one, list(zip(*split, strict=True)), count)
+        if seq.nq and seq.nk:
+            rows = slice(seq.q0, seq.q0 + seq.nq)
+            _rules(indices[rows], seq, spec, nslots)
+            if scores is not None:
+                scores[rows].masked_fill_(indices[rows] >= 0, math.inf)
+            _picks(q, k, indices, scores, seq, spec, nslots)
     return indices, scores
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SPLIT_SQUARES = range(257, 513)  # sizes at which PyTorch's CPU kernel is slower on a causal square than on its halves
 WINDOW_CHUNK = 512  # queries of a sliding window handled together
 SCORE_ELEMENTS = 1 << 24  # most scores that the explicit path holds at a time
 
@@ -153,6 +154,11 @@ def _heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
 
 def tile_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, parts: list[Piece], scale: float) -> None:
     """Write the state of tile `q` over the pieces of `k, v [b, hkv, m, d]` into the views `out` and `lse`."""
+    n = q.shape[2]
+    if n in SPLIT_SQUARES and parts == [Piece(0, n, True)]:
+        for rows, cut in ((slice(n // 2), [Piece(0, n // 2, True)]), (slice(n // 2, n), pieces(n - n // 2, n, True))):
+            tile_forward(q[:, :, rows], k, v, out[:, :, rows], lse[:, :, rows], cut, scale)
+        return
     for hq, hkv in _heads(q, k):
         b, h, n, d = q[:, hq].shape
         state = None
