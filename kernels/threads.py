@@ -29,11 +29,12 @@ def each(work: Callable[[T], None], items: Sequence[T], count: int) -> None:
         for item in items:
             work(item)
         return
-    threads = torch.get_num_threads()
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def one(item: T) -> None:
-        torch.set_num_threads(max(1, threads // count))  # of the calling thread
-        with torch.no_grad():
+        # A thread starts with PyTorch's defaults, whatever the caller's modes are.
+        torch.set_num_threads(max(1, threads // count))
+        with torch.inference_mode(inference), torch.no_grad():
             work(item)
 
     try:

@@ -316,3 +316,16 @@ def test_threads_change_nothing(heads, kv_heads):
         for a, b in zip(alone, run(threads), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(run(2), run(2), strict=True))
+
+
+def test_threads_keep_inference_mode():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            x = gaussian(1, 700, 700, 2, 2, 16)
+            found = attnlab.moba_attention(*x, block_size=32, topk=3, backend="portable")
+            assert found.is_inference()
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, attnlab.moba_attention(*gaussian(1, 700, 700, 2, 2, 16), block_size=32, topk=3))
