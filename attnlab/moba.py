@@ -21,7 +21,7 @@ from .dispatch import (
     reference_reasons,
     triton_reasons,
 )
-from .kernels.moba.spec import Slots, Spec, cdiv, slots
+from .kernels.moba.spec import Spec, cdiv, slots
 from .packs import Pack, check_values, pack
 from .reference import moba as reference
 from .states import fake_gradients, full_attention
@@ -245,12 +245,6 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module("attnlab.kernels.moba." + ("portable" if backend == "portable" else "launch"))
 
 
-def _spec_and_slots(options: tuple) -> tuple[Spec, Slots]:  # type: ignore[type-arg]
-    *fields, max_k = options
-    spec = Spec(*fields)
-    return spec, slots(spec, max_k)
-
-
 def _gpu(backend: str) -> tuple[str, ...]:
     return () if backend == "portable" else (backend,)
 
@@ -277,18 +271,18 @@ def _select(
     if given:
         check_values("moba_attention", cu_q, cu_k, len(q), len(k), causal)
     spec = Spec(block_size, topk, causal, scale, group, sink_blocks, local_blocks, workspace_bytes)
-    indices, scores = _module(backend).select(q, k, cu_q, cu_k, spec, slots(spec, max_k), *_gpu(backend))
-    return indices, scores if want_scores else scores.new_empty(0)
+    n = slots(spec, max_k)
+    indices, scores = _module(backend).select(q, k, cu_q, cu_k, spec, n, *_gpu(backend), want_scores=want_scores)
+    return indices, q.new_empty(0, dtype=torch.float32) if scores is None else scores
 
 
 @_select.register_fake
 def _(q, k, cu_q, cu_k, *options):  # type: ignore[no-untyped-def]
     *fields, max_k, _, want_scores, _ = options
-    spec, n = _spec_and_slots((*fields, max_k))
-    indices = q.new_empty(q.shape[0], k.shape[1] if spec.group else q.shape[1], n.total, dtype=torch.int32)
-    return indices, torch.empty_like(indices, dtype=torch.float32) if want_scores else q.new_empty(
-        0, dtype=torch.float32
-    )
+    spec = Spec(*fields)
+    shape = (q.shape[0], k.shape[1] if spec.group else q.shape[1], slots(spec, max_k).total)
+    scores = q.new_empty(shape if want_scores else 0, dtype=torch.float32)
+    return q.new_empty(shape, dtype=torch.int32), scores
 
 
 @torch.library.custom_op("attnlab::moba_attention", mutates_args=())

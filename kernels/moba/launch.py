@@ -17,12 +17,19 @@ from .tiles import segment
 
 
 def select(
-    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, spec: Spec, nslots: Slots, backend: str = "triton"
-) -> tuple[Tensor, Tensor]:
-    """Indices int32 and scores float32, `[Nq, Hr, slots]`."""
+    q: Tensor,
+    k: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    spec: Spec,
+    nslots: Slots,
+    backend: str = "triton",
+    want_scores: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Indices int32 and, if wanted, scores float32, `[Nq, Hr, slots]`."""
     with torch.cuda.device_of(q):
         geo = geometry(cu_q, cu_k, q.shape[0], k.shape[0], spec.block_size)
-        return _choose(_rows(q), _rows(k), geo, spec, nslots, True, backend)
+        return _choose(_rows(q), _rows(k), geo, spec, nslots, want_scores, backend)
 
 
 def forward(

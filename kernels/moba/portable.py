@@ -23,10 +23,11 @@ CALL_ELEMENTS = 8192  # a kernel call costs as much as gathering this many eleme
 OWN_TILE_ROWS = 8192  # queries whose own blocks are handled in one call
 
 
-def select(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, spec: Spec, nslots: Slots) -> tuple[Tensor, Tensor]:
-    """Blocks of every query, int32 [Nq, Hr, slots], and their float32 scores."""
-    indices, scores = route(q, k, sequences(cu_q, cu_k, spec.block_size), spec, nslots, True)
-    return indices, scores
+def select(
+    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, spec: Spec, nslots: Slots, want_scores: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks of every query, int32 [Nq, Hr, slots], and, if wanted, their float32 scores."""
+    return route(q, k, sequences(cu_q, cu_k, spec.block_size), spec, nslots, want_scores)
 
 
 def forward(
