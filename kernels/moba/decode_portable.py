@@ -1,19 +1,19 @@
 """MoBA decode in plain PyTorch: a gate on running block sums, then attention over the chosen blocks only.
 
-Keys and values are read in whole blocks (or in the longest runs the pages allow) and a cache-sized chunk at a time.
-Pages have any strides but the last, which is 1.
+Chosen keys are gathered row by row, a cache-sized chunk at a time. Pages have any strides but the last, which is 1.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import Slots, Spec, cdiv, slots
 
 _BELOW = torch.iinfo(torch.int64).min  # ranks under every score, NaN and -inf included
-_CPU_BYTES = 8 << 20
+_CPU_BYTES = 4 << 20
 _GPU_BYTES = 256 << 20
 
 
@@ -54,13 +54,13 @@ def decode(
         reach = min(reach, max(int(lengths.max()), 0))
     live = Slots(*map(min, slots(spec, reach), nslots))
     sums = sums[:, : cdiv(reach, spec.block_size)]
-    k_rows, v_rows = (_Rows.of(x, table, starts, spec.block_size) for x in (k_pages, v_pages))
+    k_rows, v_rows = (_Rows.of(x, table, starts) for x in (k_pages, v_pages))
     for part in _chunks(width, hq, live, sums, spec):
         row, length = rows[part].long(), lengths[part].long()
         chosen = select(q[part], sums, row, length, spec, live)
         _place(indices[part], chosen, nslots, live)
-        places = _Places.of(chosen, length, spec.block_size)
-        out[part], lse[part] = _attend(q[part], k_rows, v_rows, row, places, sinks, spec.scale)
+        hkv = k_pages.shape[2]
+        out[part], lse[part] = _attend(q[part], k_rows, v_rows, row, chosen, length, hkv, sinks, spec)
     return out, lse, indices
 
 
@@ -107,109 +107,77 @@ def _best(scores: Tensor, candidate: Tensor, count: int) -> Tensor:
     return (low - (keys & low)).masked_fill(keys == _BELOW, -1)
 
 
-class _Places(NamedTuple):
-    """Where the keys of `R` queries are: the own block, key by key, and the first keys of the other blocks."""
-
-    own: Tensor  # [R, B] positions; a hidden one repeats the query's own, so that unused memory is never read
-    own_visible: Tensor  # [R, B]
-    blocks: Tensor  # [R, Hr, S] first positions of complete blocks
-    visible: Tensor  # [R, Hr, S]
-
-    @classmethod
-    def of(cls, chosen: Tensor, lengths: Tensor, block_size: int) -> "_Places":
-        last = (lengths - 1)[:, None]
-        own = last - last % block_size + torch.arange(block_size, device=chosen.device)
-        own_visible = (own <= last) & (last >= 0)
-        own = torch.where(own_visible, own, last.clamp(min=0))
-        blocks = chosen[..., 1:]
-        return cls(own, own_visible, blocks.clamp(min=0) * block_size, blocks >= 0)
-
-
 class _Rows(NamedTuple):
-    """Pages of any strides as overlapping windows over their storage, so that a gather copies whole windows."""
+    """Pages of any strides as a table of rows of `D` elements, one for each key of each head; some may overlap."""
 
-    pages: Tensor  # [pages, page, Hkv, D]
-    table: Tensor  # [Bc, P]
+    table: Tensor  # [rows, D]
+    pages: Tensor  # [Bc, P]
     starts: Tensor | None
-    run: int  # tokens of a block that always lie in one page
-    per_block: int  # runs in a block
-    step: int  # elements between two windows
-    strides: tuple[int, int, int]  # in steps: page, token, head
-    count: int  # steps from the first token and head to the last
+    page: int  # tokens in a page
+    strides: tuple[int, int, int]  # in rows: page, token, head
 
     @classmethod
-    def of(cls, pages: Tensor, table: Tensor, starts: Tensor | None, block_size: int) -> "_Rows":
-        run = block_size if table.shape[1] == 1 else math.gcd(pages.shape[1], block_size) if starts is None else 1
+    def of(cls, pages: Tensor, table: Tensor, starts: Tensor | None) -> "_Rows":
         strides = [s if n > 1 else 0 for s, n in zip(pages.stride(), pages.shape, strict=True)][:3]
         step = math.gcd(*strides) or pages.shape[3]
         by_page, by_token, by_head = (s // step for s in strides)
         count = 1 + sum(s // step * (n - 1) for s, n in zip(strides, pages.shape, strict=False))
-        return cls(pages, table, starts, run, block_size // run, step, (by_page, by_token, by_head), count)
+        rows = pages.as_strided((count, pages.shape[3]), (step, 1))
+        return cls(rows, table, starts, pages.shape[1], (by_page, by_token, by_head))
 
-    def tokens(self, row: Tensor, positions: Tensor) -> Tensor:
-        """`[R, n, Hkv, D]` at `positions [R, n]`."""
-        return self._take(self._at(row, positions), self.pages.shape[2], self.strides[2])
-
-    def blocks(self, row: Tensor, firsts: Tensor, heads: Tensor, scratch: Tensor) -> Tensor:
-        """`[P, S * B, D]` of the blocks that begin at `firsts [P, S]`, each of the `P` pairs with its row and head."""
-        runs = firsts[..., None] + torch.arange(0, self.run * self.per_block, self.run, device=firsts.device)
-        at = self._at(row, runs.flatten(1)) + heads[:, None] * self.strides[2]
-        return self._take(at, self.run, self.strides[1], scratch).flatten(1, 2)
-
-    def _at(self, row: Tensor, positions: Tensor) -> Tensor:
-        slot = positions if self.starts is None else positions + self.starts[row].long()[:, None]
-        pages = self.table[row].long()
+    def at(self, row: Tensor, heads: Tensor, positions: Tensor) -> Tensor:
+        """Rows of the table, shaped as `positions [R, Hr, n]`, for cache rows `row [R]` and KV heads `heads [Hr]`."""
+        slot = positions if self.starts is None else positions + self.starts[row].long()[:, None, None]
+        pages, by_head = self.pages[row].long(), heads[:, None] * self.strides[2]
         if pages.shape[1] == 1:
-            return pages * self.strides[0] + slot * self.strides[1]
-        page = self.pages.shape[1]
-        return pages.gather(1, slot // page) * self.strides[0] + slot % page * self.strides[1]
-
-    def _take(self, at: Tensor, size: int, stride: int, scratch: Tensor | None = None) -> Tensor:
-        """Windows `[*at, size, D]`. Only hidden blocks can reach past the end, and they may read anything real."""
-        count, dim = self.count - (size - 1) * stride, self.pages.shape[3]
-        windows = self.pages.as_strided((count, size, dim), (self.step, stride * self.step, 1))
-        out = None if scratch is None else scratch[: at.numel() * size * dim].view(-1, size, dim)
-        return torch.index_select(windows, 0, at.flatten().clamp(max=count - 1), out=out).view(*at.shape, size, dim)
+            return slot * self.strides[1] + (pages[:, None] * self.strides[0] + by_head)
+        page = pages.gather(1, (slot // self.page).flatten(1)).view_as(slot)
+        return page * self.strides[0] + slot % self.page * self.strides[1] + by_head
 
 
 def _attend(
-    q: Tensor, k_rows: _Rows, v_rows: _Rows, row: Tensor, places: _Places, sinks: Tensor | None, scale: float
+    q: Tensor,
+    k_rows: _Rows,
+    v_rows: _Rows,
+    row: Tensor,
+    chosen: Tensor,
+    lengths: Tensor,
+    hkv: int,
+    sinks: Tensor | None,
+    spec: Spec,
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over the own block and the chosen ones: all scores, then all values."""
+    """One softmax over the chosen blocks: all scores, then all values."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    width, hq, dim = q.shape
-    hkv, hr, picks = k_rows.pages.shape[2], *places.visible.shape[1:]
-    q = q.to(dtype) * scale
-    k_own, v_own = (x.tokens(row, places.own).to(dtype).transpose(1, 2) for x in (k_rows, v_rows))
-    own = torch.matmul(q.unflatten(1, (hkv, -1)), k_own.transpose(2, 3))
-    own = own.masked_fill(~places.own_visible[:, None, None], -math.inf).flatten(1, 2)
-
-    firsts, pair_row = places.blocks.flatten(0, 1), row.repeat_interleave(hr)
-    heads = (torch.arange(hr, device=q.device) // (hr // hkv)).repeat(width)
-    visible = places.visible.flatten(0, 1)[..., None].expand(-1, -1, k_rows.run * k_rows.per_block).flatten(1)
-    pair_q = q.unflatten(1, (hr, -1)).flatten(0, 1)
-    parts = _split(len(firsts), visible.shape[1] * dim * dtype.itemsize, q.device) if picks else []
-    scores = q.new_empty((*pair_q.shape[:2], visible.shape[1]))
-    scratch = k_rows.pages.new_empty(parts[0].stop * visible.shape[1] * dim if parts else 0)  # fresh memory is slow
+    (width, hq, dim), hr = q.shape, chosen.shape[1]
+    last = (lengths - 1)[:, None, None, None]
+    positions = (chosen * spec.block_size)[..., None] + torch.arange(spec.block_size, device=q.device)
+    seen = (positions >= 0) & (positions <= last)
+    # A hidden key repeats the query's own, so that unused memory is never read.
+    positions = torch.where(seen, positions, last.clamp(min=0)).flatten(2)
+    seen = seen.view(width * hr, 1, -1)
+    heads = torch.arange(hr, device=q.device) // (hr // hkv)
+    k_at, v_at = (x.at(row, heads, positions).flatten(0, 1) for x in (k_rows, v_rows))
+    q = (q.to(dtype) * spec.scale).view(width * hr, hq // hr, dim)
+    scores = q.new_empty((*q.shape[:2], seen.shape[2]))
+    parts = _split(len(q), seen.shape[2] * dim * dtype.itemsize, q.device)
+    scratch = k_rows.table.new_empty(parts[0].stop * seen.shape[2], dim)  # fresh memory is slow
     for p in parts:
-        keys = k_rows.blocks(pair_row[p], firsts[p], heads[p], scratch).to(dtype)
-        torch.bmm(pair_q[p], keys.transpose(1, 2), out=scores[p])
-    scores.masked_fill_(~visible[:, None], -math.inf)
-
-    every = torch.cat([own, scores.view(width, hq, -1)], -1)
+        torch.bmm(q[p], _take(k_rows, k_at[p], scratch).to(dtype).mT, out=scores[p])
+    scores.masked_fill_(~seen, -math.inf)
     sink = None if sinks is None else sinks.to(dtype)[:, None].expand(width, -1, -1)
-    weights, lse = _softmax(every, sink)
-    own, scores = weights.split([own.shape[-1], scores.shape[-1]], -1)
-    out = torch.matmul(own.unflatten(1, (hkv, -1)), v_own).flatten(1, 2)
-    out = out.masked_fill((~places.own_visible).all(1)[:, None, None], 0.0)
-    scores, more = scores.unflatten(1, (hr, -1)).flatten(0, 1), q.new_empty((*pair_q.shape[:2], dim))
-    hidden = (~visible)[..., None] if q.device.type != "cpu" or not visible.all() else None
-    for p in parts:
-        values = v_rows.blocks(pair_row[p], firsts[p], heads[p], scratch).to(dtype)
-        if hidden is not None:
-            values = values.masked_fill(hidden[p], 0.0)
-        torch.bmm(scores[p], values, out=more[p])
-    return out + more.view_as(out) if picks else out, lse
+    weights, lse = _softmax(scores.view(width, hq, -1), sink)
+    weights = weights.view(scores.shape)
+    if hq == hr and q.device.type == "cpu" and v_rows.table.dtype == torch.float32 and v_rows.table.is_contiguous():
+        out = F.embedding_bag(v_at, v_rows.table, per_sample_weights=weights[:, 0], mode="sum")[:, None]
+    else:
+        out = torch.empty_like(q)
+        for p in parts:
+            torch.bmm(weights[p], _take(v_rows, v_at[p], scratch).to(dtype), out=out[p])
+    return out.reshape(width, hq, dim).masked_fill(lengths[:, None, None] <= 0, 0.0), lse
+
+
+def _take(rows: _Rows, at: Tensor, scratch: Tensor) -> Tensor:
+    return torch.index_select(rows.table, 0, at.flatten(), out=scratch[: at.numel()]).view(*at.shape, -1)
 
 
 def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -232,11 +200,9 @@ def _place(indices: Tensor, chosen: Tensor, nslots: Slots, live: Slots) -> None:
 
 
 def _chunks(width: int, hq: int, live: Slots, sums: Tensor, spec: Spec) -> list[slice]:
-    """Queries a pass takes: what they hold besides gathered blocks (sums, scores, the own block) stays bounded."""
-    hkv, dim = sums.shape[2:]
-    gate = sums[0].numel() + 4 * hq * sums.shape[1]
-    attention = 2 * spec.block_size * hkv * dim + 4 * hq * live.total * spec.block_size
-    return _split(width, (gate + attention) * sums.dtype.itemsize, sums.device)
+    """Queries a pass takes: what they hold besides gathered keys (sums, scores, places) stays bounded."""
+    gate = (sums[0].numel() + 4 * hq * sums.shape[1]) * sums.dtype.itemsize
+    return _split(width, gate + 40 * hq * live.total * spec.block_size, sums.device)
 
 
 def _split(count: int, size: int, device: torch.device) -> list[slice]:

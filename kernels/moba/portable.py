@@ -56,7 +56,7 @@ def forward(
     def one(item: tuple[slice, slice]) -> None:
         heads, head = item
         workspace = gather.Workspace(indices, nslots, q, k, _room(q, spec) // count)
-        qh, kh, vh = _rows(q, heads), _rows(k, head), _rows(v, head)
+        qh, kh, vh = q[:, heads], _rows(k, head), _rows(v, head)
         o = torch.zeros(qh.shape, dtype=q.dtype, device=q.device)
         x = torch.full(qh.shape[:2], -math.inf, dtype=lse.dtype, device=q.device)
         for qt, kt, parts in _own_tiles(seqs, spec):

@@ -65,11 +65,13 @@ class Workspace:
 
     def _sort(self, chosen: Tensor, rows: slice, keys: list[slice]) -> Pairs:
         flat = chosen.flatten()
+        if len(keys) <= torch.iinfo(torch.int16).max:
+            flat = flat.to(torch.int16)  # half the passes of a radix sort
         counts = torch.bincount(flat, minlength=len(keys) + 1)[: len(keys)].tolist()
         order = flat.sort(stable=True).indices
         live = order[: sum(counts)]
         place = torch.full(flat.shape, self.capacity, dtype=torch.int32, device=flat.device)
-        place[live] = torch.arange(len(live), dtype=torch.int32, device=flat.device)
+        place.scatter_(0, live, torch.arange(len(live), dtype=torch.int32, device=flat.device))
         source = live.div(self.slots, rounding_mode="floor")
         return Pairs(rows, source, place.view(-1, self.slots), counts, keys)
 
