@@ -2,7 +2,6 @@
 
 import importlib
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from .dispatch import (
     triton_reasons,
 )
 from .kernels.moba.spec import Spec, cdiv, slots
-from .packs import Pack, check_values, pack
+from .moba_selection import MoBASelection, check_choices, check_selection
+from .packs import check_values, pack, without_autocast
 from .reference import moba as reference
 from .states import fake_gradients, full_attention
 
@@ -33,19 +33,6 @@ BACKENDS: dict[str, Reasons] = {
     "reference": reference_reasons,
 }
 WORKSPACE_BYTES = 2 << 30
-
-
-class MoBASelection(NamedTuple):
-    """Which blocks each query attends.
-
-    `indices [B, Tq, H, slots]` int32: block numbers local to the sequence, `-1` for an unused slot. Slots hold the own
-    block (causal only), the sink blocks, the local blocks, then the gate's choices by falling score; `H` is the query
-    heads, or the KV heads under `routing="group"`. `scores`, same shape, float32: `q . centroid`, `+inf` for a block
-    chosen by rule, `-inf` for an unused slot.
-    """
-
-    indices: Tensor
-    scores: Tensor
 
 
 def moba_attention(
@@ -77,7 +64,7 @@ def moba_attention(
     attention. No gradient flows through the choice.
 
     Args:
-        q: `[B, Tq, Hq, D]`, float16, bfloat16, float32 (float64: reference and portable only).
+        q: `[B, Tq, Hq, D]`, float16, bfloat16, float32 (float64: reference and portable only). Autocast casts nothing.
         k, v: `[B, Tk, Hkv, D]`, `Hq % Hkv == 0`. With `Tq < Tk` queries sit at the end, and route as those rows of the
             full computation would.
         block_size: keys per block, any positive int.
@@ -89,7 +76,9 @@ def moba_attention(
         sink_blocks, local_blocks: the first blocks, and the blocks before the own one, that every query attends on top
             of `topk`; they are no candidates of the gate.
         sinks: `[Hq]`, one logit per head in the softmax's denominator, and so in the lse, without a value.
-        selection: replays a `MoBASelection` of the same call in place of the gate; no row may name a block twice.
+        selection: a `MoBASelection` to replay in place of the gate, of the shape `moba_select` returns. A row names its
+            own block first (causal only), then blocks before it (any, where not causal), in any order and each once, or
+            -1. Its values are checked once per tensor, which on a GPU waits for it.
         return_lse: also return the `lse`, differentiable.
         deterministic: `True` promises bitwise equal reruns. `False` permits a backend to order sums freely; none does.
         workspace_bytes: bound on the partial results that the kernels hold at once.
@@ -114,48 +103,31 @@ def moba_attention(
     check_bool(fn, "deterministic", deterministic)
     cu = pack(fn, q, k, cu_seqlens_q, cu_seqlens_k, causal)
     name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, BACKENDS)
-    replay = None if selection is None else _check_selection(fn, selection, q, k, spec, cu)
+    replay = None if selection is None else check_selection(fn, selection, q, k, spec, cu)
     if name == "reference":
         if cu.given:
             check_values(fn, cu.cu_q, cu.cu_k, q.shape[1], k.shape[1], causal)
-        out, lse = reference.moba_attention(
-            q,
-            k,
-            v,
-            block_size=block_size,
-            topk=topk,
-            causal=causal,
-            scale=scale,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            routing=routing,
-            sink_blocks=sink_blocks,
-            local_blocks=local_blocks,
-            sinks=sinks,
-            indices=replay,
-        )
+        if replay is not None:
+            check_choices(fn, replay, cu.cu_q, cu.cu_k, k.shape[1], spec, cu.given)
+        out, lse = without_autocast(reference.moba_attention)(
+            q, k, v, block_size=block_size, topk=topk, causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k, routing=routing, sink_blocks=sink_blocks, local_blocks=local_blocks,
+            sinks=sinks, indices=replay,
+        )  # fmt: skip
         return (out, lse) if return_lse else out
     if replay is None and name != "cuda" and topk + sink_blocks + local_blocks >= cdiv(cu.max_k, block_size):
         return full_attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            scale=scale,
-            sinks=sinks,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            return_lse=return_lse,
-            backend=name,
-        )
+            q, k, v, causal=causal, scale=scale, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            return_lse=return_lse, backend=name,
+        )  # fmt: skip
     packed = tuple(x.flatten(0, 1) for x in (q, k, v))
-    if replay is None:
+    indices = replay
+    if indices is None:
         indices, _ = _select(
             packed[0].detach(), packed[1].detach(), cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, False, name
         )
-    else:
-        indices = replay.flatten(0, 1)
-    out, lse = _attention(*packed, sinks, indices, cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, name)
+    replayed = replay is not None
+    out, lse = _attention(*packed, sinks, indices, cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, replayed, name)
     out, lse = out.view(q.shape), lse.view(q.shape[:3])
     return (out, lse) if return_lse else out
 
@@ -184,18 +156,10 @@ def moba_select(
     if name == "reference":
         if cu.given:
             check_values(fn, cu.cu_q, cu.cu_k, q.shape[1], k.shape[1], causal)
-        found = reference.moba_select(
-            q,
-            k,
-            block_size=block_size,
-            topk=topk,
-            causal=causal,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            routing=routing,
-            sink_blocks=sink_blocks,
-            local_blocks=local_blocks,
-        )
+        found = without_autocast(reference.moba_select)(
+            q, k, block_size=block_size, topk=topk, causal=causal, cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k, routing=routing, sink_blocks=sink_blocks, local_blocks=local_blocks,
+        )  # fmt: skip
         return MoBASelection(found[0], found[1].float())
     packed = (x.flatten(0, 1) for x in (q, k))
     indices, scores = _select(*packed, cu.cu_q, cu.cu_k, *spec, cu.max_k, cu.given, True, name)
@@ -227,19 +191,6 @@ def _spec(
     return Spec(block_size, topk, causal, scale, routing == "group", sink_blocks, local_blocks, workspace_bytes)
 
 
-def _check_selection(fn: str, selection: MoBASelection, q: Tensor, k: Tensor, spec: Spec, cu: Pack) -> Tensor:
-    indices = selection.indices if isinstance(selection, MoBASelection) else selection
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int32:
-        raise TypeError(f"{fn}: selection must be a MoBASelection with int32 indices, got {type(selection).__name__}")
-    heads = k.shape[2] if spec.group else q.shape[2]
-    expected = [*q.shape[:2], heads, slots(spec, cu.max_k).total]
-    if list(indices.shape) != expected:
-        raise ValueError(f"{fn}: selection.indices must have shape {expected}, got {list(indices.shape)}")
-    if indices.device != q.device:
-        raise ValueError(f"{fn}: selection must be on q's device {q.device}, got {indices.device}")
-    return indices
-
-
 def _module(backend: str) -> ModuleType:
     # Looked up by name, so that importing attnlab never needs Triton.
     return importlib.import_module("attnlab.kernels.moba." + ("portable" if backend == "portable" else "launch"))
@@ -250,6 +201,7 @@ def _gpu(backend: str) -> tuple[str, ...]:
 
 
 @torch.library.custom_op("attnlab::moba_select", mutates_args=())
+@without_autocast
 def _select(
     q: Tensor,
     k: Tensor,
@@ -269,7 +221,7 @@ def _select(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if given:
-        check_values("moba_attention", cu_q, cu_k, len(q), len(k), causal)
+        check_values("moba_select" if want_scores else "moba_attention", cu_q, cu_k, len(q), len(k), causal)
     spec = Spec(block_size, topk, causal, scale, group, sink_blocks, local_blocks, workspace_bytes)
     n = slots(spec, max_k)
     indices, scores = _module(backend).select(q, k, cu_q, cu_k, spec, n, *_gpu(backend), want_scores=want_scores)
@@ -286,6 +238,7 @@ def _(q, k, cu_q, cu_k, *options):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("attnlab::moba_attention", mutates_args=())
+@without_autocast
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -304,12 +257,15 @@ def _attention(
     workspace_bytes: int,
     max_k: int,
     given: bool,
+    replayed: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if given:
         check_values("moba_attention", cu_q, cu_k, len(q), len(k), causal)
     spec = Spec(block_size, topk, causal, scale, group, sink_blocks, local_blocks, workspace_bytes)
-    n = slots(spec, max_k)
+    if replayed:
+        check_choices("moba_attention", indices, cu_q, cu_k, len(k), spec, given)
+    n, indices = slots(spec, max_k), indices.flatten(0, -3)
     return _module(backend).forward(q, k, v, sinks, indices, cu_q, cu_k, spec, n, *_gpu(backend))[:2]
 
 
@@ -319,6 +275,7 @@ def _(q, k, v, *options):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("attnlab::moba_attention_backward", mutates_args=())
+@without_autocast
 def _attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -343,7 +300,7 @@ def _attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = Spec(block_size, topk, causal, scale, group, sink_blocks, local_blocks, workspace_bytes)
-    n = slots(spec, max_k)
+    n, indices = slots(spec, max_k), indices.flatten(0, -3)
     dq, dk, dv, dsinks = _module(backend).backward(
         dout, dlse, q, k, v, sinks, out, lse, indices, cu_q, cu_k, spec, n, *_gpu(backend)
     )
@@ -363,12 +320,12 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, dout, dlse):  # type: ignore[no-untyped-def]
     q, k, v, sinks, indices, cu_q, cu_k, out, lse = ctx.saved_tensors
-    *options, _, backend = ctx.options
+    *options, _, _, backend = ctx.options
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dsinks = _attention_backward(
         dout, dlse, q, k, v, sinks, out, lse, indices, cu_q, cu_k, *options, backend
     )
-    return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype), *[None] * 14
+    return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype), *[None] * 15
 
 
 _attention.register_autograd(_autograd, setup_context=_setup)

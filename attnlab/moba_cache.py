@@ -135,7 +135,8 @@ class MoBACache:
             self.write(k, v)
             return
         k, v = k.detach(), v.detach()
-        alike = self.page_size is None and len(set(zip(old, counts, self._starts, strict=True))) == 1
+        # Rows that held as much and take as much have the same padding too.
+        alike = self.page_size is None and len(set(zip(old, counts, strict=True))) == 1
         for rows in [slice(0, self.batch)] if alike else [slice(b, b + 1) for b in range(self.batch)]:
             b = rows.start
             part = slice(skips[b], skips[b] + counts[b])

@@ -23,6 +23,7 @@ from .dispatch import (
 from .kernels.moba.spec import Slots, Spec, slots
 from .moba import WORKSPACE_BYTES, moba_attention
 from .moba_cache import MoBACache, token_counts
+from .packs import without_autocast
 
 DECODE_QUERIES = 16  # up to this many new tokens a row run as rows of the decode kernel, more as a prefill
 _BACKENDS: dict[str, Reasons] = {"triton": triton_reasons, "portable": portable_reasons, "reference": reference_reasons}
@@ -158,6 +159,7 @@ def _kernel(backend: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 @torch.library.custom_op("attnlab::moba_decode", mutates_args=())
+@without_autocast
 def _decode(
     q: Tensor,
     k_pages: Tensor,

@@ -1,8 +1,10 @@
 """Packed sequences: every backend sees `[N, H, D]` and cumulative lengths; a batch is a pack of equal lengths."""
 
+import functools
 import itertools
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +51,8 @@ def check_values(fn: str, cu_q: Tensor, cu_k: Tensor, nq: int, nk: int, causal: 
     On a GPU this reads back once per tensor, not once per call (inference tensors, which cannot tell whether they
     changed, every time); under graph capture it is skipped.
     """
-    if cu_q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    countable = not (cu_q.is_inference() or cu_k.is_inference())
-    stamp = (cu_q._version, cu_k._version, nq, nk, causal) if countable else None
-    seen = getattr(cu_q, "_attnlab_checked", None)
-    if seen is not None and seen[0]() is cu_k and stamp is not None and seen[1] == stamp:
+    facts = (nq, nk, causal)
+    if capturing(cu_q) or unchanged(cu_q, (cu_k,), facts):
         return
     for name, cu, total in (("cu_seqlens_q", cu_q, nq), ("cu_seqlens_k", cu_k, nk)):
         values = cu.tolist()
@@ -67,4 +65,37 @@ def check_values(fn: str, cu_q: Tensor, cu_k: Tensor, nq: int, nk: int, causal: 
         raise ValueError(
             f"{fn}: causal attention needs at least as many keys as queries in every sequence, got {lengths}"
         )
-    cu_q._attnlab_checked = weakref.ref(cu_k), stamp  # type: ignore[attr-defined]
+    remember(cu_q, (cu_k,), facts)
+
+
+def capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def remember(x: Tensor, others: tuple[Tensor, ...], facts: tuple[Any, ...]) -> None:
+    """Note on `x` that its values passed a check against those of `others` and `facts`."""
+    if not any(t.is_inference() for t in (x, *others)):
+        stamp = tuple(t._version for t in (x, *others)), facts
+        x._attnlab_checked = tuple(weakref.ref(t) for t in others), stamp  # type: ignore[attr-defined]
+
+
+def unchanged(x: Tensor, others: tuple[Tensor, ...], facts: tuple[Any, ...]) -> bool:
+    """Whether `remember` noted the same, and none of the tensors changed since (which inference ones cannot tell)."""
+    refs, stamp = getattr(x, "_attnlab_checked", ((), None))
+    if stamp is None or any(t.is_inference() for t in (x, *others)):
+        return False
+    same = stamp == (tuple(t._version for t in (x, *others)), facts)
+    return same and all(ref() is t for ref, t in zip(refs, others, strict=True))
+
+
+def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(tensor, ...)` with autocast off: its products keep the inputs' dtype, and its sums float32."""
+
+    @functools.wraps(fn)
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return fn(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return fn(x, *args, **kwargs)
+
+    return call

@@ -25,7 +25,7 @@ from .dispatch import (
     triton_reasons,
 )
 from .flash import flash_attention, flash_reasons
-from .packs import check_values, pack
+from .packs import check_values, pack, without_autocast
 from .reference import states as reference
 
 State = tuple[Tensor, Tensor]
@@ -96,7 +96,9 @@ def full_attention(
         if cu.given:
             check_values(fn, cu.cu_q, cu.cu_k, q.shape[1], k.shape[1], causal)
         given = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-        out, lse = reference.full_attention(q, k, v, causal=causal, window=window, scale=scale, sinks=sinks, **given)
+        out, lse = without_autocast(reference.full_attention)(
+            q, k, v, causal=causal, window=window, scale=scale, sinks=sinks, **given
+        )
     else:
         packed = (x.flatten(0, 1) for x in (q, k, v))
         out, lse = _full(*packed, sinks, cu.cu_q, cu.cu_k, causal, window, scale, cu.given, name)
@@ -133,7 +135,7 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> State:
         raise ValueError(f"{fn}: lses must be on the device of outs {outs.device}, got {lses.device}")
     name = pick(Call(fn, outs.device, outs.dtype, outs.shape[-1]), backend, _MERGE_BACKENDS)
     if name == "reference":
-        return reference.merge_states(outs, lses)
+        return without_autocast(reference.merge_states)(outs, lses)
     n, *shape = outs.shape
     out, lse = _merge(outs.reshape(n, -1, shape[-1]), lses.reshape(n, -1), name)
     return out.view(shape), lse.view(shape[:-1])
@@ -145,6 +147,7 @@ def _module(backend: str) -> ModuleType:
 
 
 @torch.library.custom_op("attnlab::full_attention", mutates_args=())
+@without_autocast
 def _full(
     q: Tensor,
     k: Tensor,
@@ -169,6 +172,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor
 
 
 @torch.library.custom_op("attnlab::full_attention_backward", mutates_args=())
+@without_autocast
 def _full_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -229,6 +233,7 @@ def fake_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: T
 
 
 @torch.library.custom_op("attnlab::merge_states", mutates_args=())
+@without_autocast
 def _merge(outs: Tensor, lses: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return _module(backend).merge(outs, lses)
 
@@ -239,6 +244,7 @@ def _(outs: Tensor, lses: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("attnlab::merge_states_backward", mutates_args=())
+@without_autocast
 def _merge_backward(
     dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
-"""The Hugging Face cache layer and plans on their own, without a model."""
+"""The Hugging Face cache layer on its own, without a model."""
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from attnlab.hf import MoBALayer, MoBAPlan
+from transformers import GptOssConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from attnlab.hf import MoBADynamicCache, MoBALayer
 
 
 def _filled(keys, chunks=(7, 1, 5, 8)):
@@ -26,9 +29,10 @@ def _filled(keys, chunks=(7, 1, 5, 8)):
         (lambda layer: layer.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0], 21),
         (lambda layer: layer.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2], 21),
         (lambda layer: layer.batch_select_indices(torch.tensor([2, 1])), [2, 1], 21),
+        (lambda layer: layer.batch_select_indices(torch.tensor([False, True, True])), [1, 2], 21),
         (lambda layer: layer.offload(), [0, 1, 2], 21),
     ],
-    ids=["crop", "no crop", "reorder", "repeat", "select", "offload"],
+    ids=["crop", "no crop", "reorder", "repeat", "select", "select by mask", "offload"],
 )
 def test_cache_layer_after(change, rows, length):
     """Keys, values and block sums are those of a layer filled that way at once; and growing goes on from there."""
@@ -48,29 +52,38 @@ def test_cache_layer_after(change, rows, length):
         torch.testing.assert_close(sums[row, : len(blocks)], torch.stack([block.sum(1) for block in blocks]))
 
 
-def test_cache_reset_and_other_starts():
+@pytest.mark.parametrize("starts", [(0, 2, 3), (1, 1, 1)])
+def test_cache_reset_and_other_starts(starts):
     layer = _filled(torch.randn(3, 2, 21, 8))
     layer.reset()
     assert layer.get_seq_length() == 0
-    keys = torch.randn(2, 2, 9, 8)
+    keys = torch.randn(3, 2, 13, 8)
     layer.update(keys, keys)
-    for start in (0, 1):
-        torch.testing.assert_close(layer.block_sums(8, (start,) * 2)[:, 0], keys[:, :, start : start + 8].sum(2))
+    for row, start in enumerate(starts):
+        sums = keys[row, :, start : start + 8].unflatten(1, (2, 4)).sum(2).transpose(0, 1)
+        torch.testing.assert_close(layer.block_sums(4, starts)[row, :2], sums)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"block_size": 0, "topk": 2}, "block_size must be an int of at least 1, got 0"),
-        ({"block_size": 4, "topk": True}, "topk must be an int of at least 1, got True"),
-        ({"block_size": 4, "topk": 2, "sink_blocks": -1}, "sink_blocks must be an int of at least 0, got -1"),
-        ({"block_size": 4, "topk": 2, "routing": "token"}, "routing must be one of 'head', 'group', got 'token'"),
-        ({"block_size": 4, "topk": 2, "phase": "train"}, "phase must be one of .* got 'train'"),
-        ({"block_size": 4, "topk": 2, "backend": "fast"}, "backend must be one of .* got 'fast'"),
-        ({"block_size": 4, "topk": 2, "full_layers": "last"}, "full_layers must be .* got 'last'"),
-        ({"block_size": 4, "topk": 2, "full_layers": [-1]}, r"full_layers must be .* got \[-1\]"),
-    ],
-)
-def test_bad_plans(options, message):
-    with pytest.raises(ValueError, match=f"MoBAPlan: {message}"):
-        MoBAPlan(**options)
+def test_crop_takes_minus_the_tokens_to_drop():
+    with pytest.raises(ValueError, match="crop takes minus the number of tokens to drop, got 6"):
+        _filled(torch.randn(3, 2, 21, 8)).crop(6)
+
+
+def test_growing_leaves_earlier_graphs_alone():
+    layer, keys = MoBALayer(), torch.randn(1, 2, 9, 8, requires_grad=True)
+    layer.update(keys[:, :, :7], keys[:, :, :7])
+    held, _ = layer.update(keys[:, :, 7:8], keys[:, :, 7:8])
+    loss = held.square().sum()
+    layer.update(keys[:, :, 8:], keys[:, :, 8:])
+    expected = 2 * keys.detach() * (torch.arange(9) < 8)[:, None]
+    torch.testing.assert_close(torch.autograd.grad(loss, keys)[0], expected)
+
+
+def test_only_layers_without_a_window_are_replaced():
+    sliding = GptOssConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=4)
+    window, full = MoBADynamicCache(sliding).layers
+    assert isinstance(window, DynamicSlidingWindowLayer) and isinstance(full, MoBALayer)
+    cache = MoBADynamicCache()
+    keys = torch.randn(1, 2, 3, 8)
+    cache.update(keys, keys, 0)
+    assert isinstance(cache.layers[0], MoBALayer)

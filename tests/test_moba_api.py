@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import attnlab
-from attnlab import dispatch
+from attnlab import dispatch, moba_selection
 from attnlab.testing import gaussian, ragged
 
 Q, K, V = gaussian(2, 16, 16, 4, 2, 8)
@@ -21,6 +21,25 @@ def cu(*values):
 def packed(cu_q, cu_k, q=Q[:1], k=K[:1]):
     return dict(q=q, k=k, v=k, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
 
+
+def replay(indices, **options):
+    return dict(selection=attnlab.MoBASelection(indices, indices.float()), **options)
+
+
+def bad_row(indices, at, row, rule, **options):
+    """A replay of `indices` whose row `at` is `row`, and the error it gets."""
+    indices = indices.clone()
+    indices[at] = torch.tensor(row, dtype=torch.int32)
+    message = f"selection.indices{list(at)} must be {rule}, each once, or -1, got {row}"
+    return replay(indices, **options), ValueError, message
+
+
+def own(block):
+    return f"its own block {block}, then earlier ones"
+
+
+TWO, FOUR = (attnlab.moba_select(Q, K, block_size=4, topk=n).indices for n in (2, 4))
+ANY = attnlab.moba_select(Q, K, block_size=4, topk=2, causal=False).indices
 
 BAD = [
     (dict(q=Q[0]), ValueError, "q must have shape [B, T, H, D], got [16, 4, 8]"),
@@ -49,6 +68,7 @@ BAD = [
     (dict(return_lse="yes"), TypeError, "return_lse must be a bool, got 'yes'"),
     (dict(deterministic=None), TypeError, "deterministic must be a bool, got None"),
     (dict(scale="1"), TypeError, "scale must be a number or None, got str"),
+    (dict(scale=True), TypeError, "scale must be a number or None, got bool"),
     (dict(routing="token"), ValueError, "routing must be 'head' or 'group', got 'token'"),
     (dict(sinks=torch.zeros(2)), ValueError, "sinks must have shape [4] (one per query head), got [2]"),
     (dict(sinks=torch.zeros(4, dtype=torch.int64)), TypeError, "sinks must be a floating-point Tensor"),
@@ -77,11 +97,24 @@ BAD = [
         ValueError,
         "backend must be one of 'auto', 'cuda', 'triton', 'portable', 'reference', got 'fast'",
     ),
-    (dict(selection=3), TypeError, "selection must be a MoBASelection with int32 indices, got int"),
+    (dict(selection=3), TypeError, "selection must be a MoBASelection, got int"),
+    (replay(TWO.long()), TypeError, "selection.indices must be an int32 Tensor, got torch.int64"),
+    (replay(TWO[0]), ValueError, "selection.indices must have shape [2, 16, 4, 2], got [16, 4, 2]"),
+    (replay(TWO.to("meta")), ValueError, "selection.indices must be on q's device cpu, got meta"),
+    bad_row(TWO, (1, 9, 3), [2, 2], own(2)),
+    bad_row(TWO, (0, 9, 0), [1, 0], own(2)),
+    bad_row(TWO, (0, 9, 0), [1, 2], own(2)),
+    bad_row(TWO, (0, 9, 0), [-1, 1], own(2)),
+    bad_row(TWO, (0, 9, 0), [2, 3], own(2)),
+    bad_row(TWO, (0, 0, 1), [0, 1], own(0)),
+    bad_row(FOUR, (1, 15, 0), [3, 1, -1, 1], own(3), topk=4),
+    bad_row(ANY, (0, 0, 0), [0, 0], "blocks below 4", causal=False),
+    bad_row(ANY, (0, 15, 1), [3, 4], "blocks below 4", causal=False),
+    (packed(cu(0, 12), cu(0, 16)) | replay(TWO[:1]), ValueError, "cu_seqlens_q must end at 16"),
     (
-        dict(selection=attnlab.MoBASelection(cu(0), cu(0))),
+        packed(cu(0, 5, 16), cu(0, 5, 16)) | replay(TWO[:1]),
         ValueError,
-        "selection.indices must have shape [2, 16, 4, 2], got [1]",
+        "selection.indices[0, 5, 0] must be its own block 0",
     ),
 ]
 
@@ -92,6 +125,21 @@ def test_bad_input(change, error, message, backend):
     with pytest.raises(error) as caught:
         attnlab.moba_attention(**dict(q=Q, k=K, v=V, backend=backend, **OPTIONS) | change)
     assert str(caught.value).startswith("moba_attention: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(block_size=0), "block_size must be a positive int, got 0"),
+        (dict(k=K[:, :8]), "needs at least as many keys as queries, got Tq=16, Tk=8"),
+        (dict(q=Q[:1], k=K[:1], cu_seqlens_q=cu(0, 16), cu_seqlens_k=cu(0, 12)), "cu_seqlens_k must end at 16"),
+    ],
+)
+def test_bad_input_of_select(change, message, backend):
+    with pytest.raises(ValueError) as caught:
+        attnlab.moba_select(**dict(q=Q, k=K, backend=backend, **OPTIONS) | change)
+    assert str(caught.value).startswith("moba_select: ") and message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +186,38 @@ def test_checked_values_are_checked_again_when_they_change(mode):
             attnlab.moba_attention(*x, cu_seqlens_q=good, cu_seqlens_k=other, **OPTIONS)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("packs", [False, True])
+def test_choices_are_checked_once_until_they_change(mode, packs, monkeypatch):
+    checks, geometry = [], moba_selection.geometry
+    monkeypatch.setattr(moba_selection, "geometry", lambda *args: checks.append(args) or geometry(*args))
+
+    def attend(**change):
+        return attnlab.moba_attention(q, k, v, selection=chosen, **OPTIONS | seqlens | change)
+
+    with mode():
+        q, k, v = (x[:1].clone().requires_grad_(mode is torch.enable_grad) for x in (Q, K, V))
+        seqlens = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), ragged([7, 9]), strict=True)) if packs else {}
+        chosen = attnlab.moba_select(q, k, **OPTIONS, **seqlens)
+        for _ in range(3):
+            attend()
+        assert len(checks) == (3 if mode is torch.inference_mode else 1)
+        other = dict(zip(seqlens, ragged([9, 7]), strict=True)) if packs else dict(block_size=5)
+        with pytest.raises(ValueError, match=r"selection\.indices"):
+            attend(**other)
+        chosen.indices[0, -1, 0] = chosen.indices[0, -1, 0, 0].clone()
+        with pytest.raises(ValueError, match="each once"):
+            attend()
+
+
+def test_lengths_checked_before_may_meet_inference_tensors():
+    good, other = ragged([7, 9])
+    x = [t[:1] for t in (Q, K, V)]
+    want = attnlab.moba_attention(*x, cu_seqlens_q=good, cu_seqlens_k=other, **OPTIONS)
+    with torch.inference_mode():
+        assert torch.equal(attnlab.moba_attention(*x, cu_seqlens_q=good, cu_seqlens_k=other.clone(), **OPTIONS), want)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU could serve it")
 def test_explicit_backend_says_why_not_and_never_falls_back():
     with pytest.raises(attnlab.BackendError) as caught:
@@ -162,6 +242,24 @@ def test_explain():
     assert attnlab.moba_attention(Q, K, V, **OPTIONS).shape == Q.shape  # explaining has ended
 
 
+@pytest.mark.parametrize(
+    "capability, change, reasons",
+    [
+        ((8, 0), {}, []),
+        ((7, 5), {}, ["needs compute capability 8.0 or later"]),
+        ((9, 0), dict(head_dim=256), []),
+        ((9, 0), dict(head_dim=257), ["head size 257 is over 256"]),
+        ((9, 0), dict(dtype=torch.float64), ["dtype float64 is not one of float16, bfloat16, float32"]),
+    ],
+)
+def test_reasons_of_gpu_kernels(capability, change, reasons, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    call = dispatch.Call("moba_attention", torch.device("cuda"), torch.bfloat16, 64)._replace(**change)
+    assert dispatch.triton_reasons(call) == reasons
+    assert [r for r in dispatch.cuda_reasons(call) if "not installed" not in r] == reasons
+
+
 def test_auto_takes_a_gpu_kernel_only_where_it_is_verified(monkeypatch, tmp_path):
     call = dispatch.Call("moba_attention", torch.device("cuda"), torch.bfloat16, 64)
     able = {"triton": lambda _: [], "portable": lambda _: []}
@@ -175,6 +273,7 @@ def test_auto_takes_a_gpu_kernel_only_where_it_is_verified(monkeypatch, tmp_path
         dispatch._verified.cache_clear()
         assert dispatch.pick(call, "auto", able) == chosen
         assert dispatch.pick(call, "triton", able) == "triton"
+        assert dispatch.pick(call._replace(fn="full_attention"), "auto", able) == "portable"
     dispatch._verified.cache_clear()
 
 
@@ -211,12 +310,35 @@ def test_no_gradient_through_the_gate(backend):
     assert all(torch.equal(a, b) for a, b in zip(free, torch.autograd.grad(fixed.square().sum(), x), strict=True))
 
 
+def results(backend):
+    """All public functions, forward and backward."""
+    x = [t.clone().requires_grad_() for t in (Q, K, V)]
+    sparse = attnlab.moba_attention(*x, backend=backend, **OPTIONS)
+    dense, lse = attnlab.full_attention(*x, return_lse=True, backend=backend)
+    merged, _ = attnlab.merge_states(torch.stack([sparse, dense]), torch.stack([lse, lse]), backend=backend)
+    scores = attnlab.moba_select(*x[:2], backend=backend, **OPTIONS).scores
+    cache = attnlab.MoBACache(2, 16, 2, 8, block_size=4)
+    cache.append(K, V)
+    step = attnlab.moba_decode(Q[:, -1:], cache, topk=2, backend=backend)
+    return sparse, dense, merged, scores, step, *torch.autograd.grad(merged.square().sum(), x)
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_autocast_changes_nothing(backend):
+    want = results(backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(backend)
+    for name, a, b in zip(["sparse", "dense", "merged", "scores", "step", "dq", "dk", "dv"], found, want, strict=True):
+        if backend == "portable" or not name.startswith("d"):  # autograd of the reference is PyTorch's own
+            assert torch.equal(a, b), name
+
+
 def flat_arguments(sinks):
     packs = [x.flatten(0, 1).clone().requires_grad_() for x in (Q, K, V)]
     return *packs, sinks, cu(0, 16, 32), cu(0, 16, 32)
 
 
-SPEC = (4, 2, True, 0.3, False, 0, 0, 1 << 20, 16, False)
+SPEC = (4, 2, True, 0.3, False, 0, 0, 1 << 20, 16, False)  # ..., max_k, given
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -225,7 +347,8 @@ def test_opcheck(with_sinks):
     ops = torch.ops.attnlab
     torch.library.opcheck(ops.moba_select, (q.detach(), k.detach(), cu_q, cu_k, *SPEC, True, "portable"))
     indices, _ = ops.moba_select(q, k, cu_q, cu_k, *SPEC, False, "portable")
-    torch.library.opcheck(ops.moba_attention, (q, k, v, sinks, indices, cu_q, cu_k, *SPEC, "portable"))
+    for replayed, held in ((False, indices), (True, indices.unflatten(0, (2, 16)))):
+        torch.library.opcheck(ops.moba_attention, (q, k, v, sinks, held, cu_q, cu_k, *SPEC, replayed, "portable"))
     torch.library.opcheck(ops.full_attention, (q, k, v, sinks, cu_q, cu_k, True, None, 0.3, False, "portable"))
     outs, lses = torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 5, requires_grad=True)
     torch.library.opcheck(ops.merge_states, (outs, lses, "portable"))

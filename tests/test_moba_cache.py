@@ -1,6 +1,5 @@
-"""`MoBACache` and `moba_decode`: any chunking of a sequence gives what one call over all of it gives."""
+"""`MoBACache` on its own: what it stores, sums and refuses. Decoding over it: test_moba_decode.py."""
 
-import math
 from typing import Any
 
 import pytest
@@ -8,203 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
-from attnlab.kernels.moba.decode_portable import decode
-from attnlab.kernels.moba.spec import Spec, slots
-from attnlab.moba import moba_attention
 from attnlab.moba_cache import MoBACache
-from attnlab.moba_decoding import DECODE_QUERIES, moba_decode
-from attnlab.reference.moba import moba_attention as reference_attention
-from attnlab.reference.moba import moba_select as reference_select
 
 KV_HEADS, DIM = 2, 8
 
 
-def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Small integers: block sums and gate scores are exact in any order, and full of ties."""
-    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def inputs(batch: int, tokens: int, group: int, seed: int, block_size: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys are multiples of 3 where the block size is, so that block means are exact too."""
-    heads = (KV_HEADS * group, KV_HEADS, KV_HEADS)
-    q, k, v = (integers(batch, tokens, h, DIM, seed=3 * seed + i) for i, h in enumerate(heads))
-    return q, k * (3 if block_size % 3 == 0 else 1), v
-
-
-def truth(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    return reference_attention(q.double(), k.double(), v.double(), sinks=sinks, **options)
-
-
-def indices_of(q: Tensor, cache: MoBACache, options: dict[str, Any]) -> Tensor:
-    """What the gate of the decode kernel chose for the last tokens, `[B, Tq, Hr, slots]`."""
-    group = options["routing"] == "group"
-    spec = Spec(cache.block_size, options["topk"], True, 1.0, group, options["sink_blocks"], options["local_blocks"], 1)
-    tokens = q.shape[1]
-    lengths = (cache.device_lengths[:, None] - tokens + 1 + torch.arange(tokens)).flatten().int()
-    rows = torch.arange(cache.batch).repeat_interleave(tokens).int()
-    places = (cache.k_pages, cache.v_pages, cache.table, cache.sums, rows, lengths, cache.starts)
-    return decode(q.flatten(0, 1), *places, None, spec, slots(spec, cache.capacity))[2].unflatten(0, q.shape[:2])
-
-
-OPTIONS = st.fixed_dictionaries(
-    {
-        "topk": st.sampled_from([1, 2, 3, 70]),
-        "routing": st.sampled_from(["head", "group"]),
-        "sink_blocks": st.integers(0, 2),
-        "local_blocks": st.integers(0, 2),
-        "scale": st.sampled_from([None, 0.3]),
-    }
-)
-
-
-@given(
-    OPTIONS,
-    st.lists(st.integers(0, 3) | st.integers(DECODE_QUERIES - 1, 24), min_size=1, max_size=6),
-    st.sampled_from([1, 3, 8, 16, 96]),
-    st.sampled_from([None, 1, 5, 8, 32]),
-    st.integers(1, 3),
-    st.booleans(),
-    st.integers(0, 9),
-)
-def test_any_chunking_equals_one_shot(options, cuts, block_size, page_size, group, with_sinks, seed):
-    tokens = sum(cuts)
-    q, k, v = inputs(2, tokens, group, seed, block_size)
-    sinks = torch.linspace(-1, 2, q.shape[2]) if with_sinks else None
-    cache = MoBACache(2, tokens + 3, KV_HEADS, DIM, block_size=block_size, page_size=page_size)
-    cache.k_pages.fill_(math.nan)
-    cache.v_pages.fill_(math.nan)
-    expected, lse = truth(q, k, v, sinks, block_size=block_size, **options)
-    gate = {name: value for name, value in options.items() if name != "scale"}
-    chosen, _ = reference_select(
-        q.double(), k.double(), block_size=block_size, max_blocks=math.ceil(cache.capacity / block_size), **gate
-    )
-    at = 0
-    for n in cuts:
-        part = slice(at, at + n)
-        cache.append(k[:, part], v[:, part])
-        out, part_lse = moba_decode(q[:, part], cache, sinks=sinks, return_lse=True, **options)
-        torch.testing.assert_close(out.double(), expected[:, part], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(part_lse.double(), lse[:, part], atol=1e-5, rtol=1e-5)
-        assert torch.equal(indices_of(q[:, part], cache, options), chosen[:, part])
-        at += n
-    assert cache.lengths == (tokens, tokens) == tuple(cache.device_lengths.tolist())
-    for row in range(2):
-        assert torch.equal(cache.keys(row), k[row]) and torch.equal(cache.values(row), v[row])
-
-
-@given(
-    OPTIONS,
-    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 2)), min_size=1, max_size=5),
-    st.sampled_from([3, 8]),
-    st.sampled_from([None, 5, 8]),
-)
-def test_ragged_rows_equal_each_alone(options, steps, block_size, page_size):
-    totals = [sum(n) for n in zip(*steps, strict=True)]
-    q, k, v = inputs(3, max(totals) + 1, 2, 1, block_size)
-    cache = MoBACache(3, max(totals) + 1, KV_HEADS, DIM, block_size=block_size, page_size=page_size)
-    cache.k_pages.fill_(math.nan)
-    cache.v_pages.fill_(math.nan)
-    sinks = torch.linspace(-1, 1, q.shape[2])
-    done = [0, 0, 0]
-    for counts in steps:
-        width = max(counts) + 1
-        chunk = [torch.full((3, width, *x.shape[2:]), math.nan) for x in (q, k, v)]
-        for b, n in enumerate(counts):
-            for padded, x in zip(chunk, (q, k, v), strict=True):
-                padded[b, :n] = x[b, done[b] : done[b] + n]
-        cache.append(*chunk[1:], lengths=counts)
-        out, lse = moba_decode(chunk[0], cache, q_lengths=counts, sinks=sinks, return_lse=True, **options)
-        for b, n in enumerate(counts):
-            done[b] += n
-            rows = [x[b : b + 1, : done[b]] for x in (k, v)]
-            own = truth(q[b : b + 1, done[b] - n : done[b]], *rows, sinks, block_size=block_size, **options)
-            torch.testing.assert_close(out[b : b + 1, :n].double(), own[0], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(lse[b : b + 1, :n].double(), own[1], atol=1e-5, rtol=1e-5)
-            assert (out[b, n:] == 0).all() and torch.equal(lse[b, n:], sinks.expand_as(lse[b, n:]))
-    assert cache.lengths == tuple(totals)
-
-
-@given(st.tuples(st.integers(0, 9), st.integers(0, 9)), st.lists(st.sampled_from([1, 2, 18]), min_size=1, max_size=6))
-def test_left_padding_is_invisible(starts, cuts):
-    tokens = sum(cuts)
-    q, k, v = inputs(2, tokens, 2, seed=2)
-    cache = MoBACache(2, max(tokens, 9), KV_HEADS, DIM, block_size=4, starts=starts)
-    at, out, lse = 0, [], []
-    for n in cuts:
-        cache.append(k[:, at : at + n], v[:, at : at + n])
-        for whole, part in zip((out, lse), moba_decode(q[:, at : at + n], cache, topk=2, return_lse=True), strict=True):
-            whole.append(part)
-        at += n
-    out, lse = torch.cat(out, 1), torch.cat(lse, 1)
-    for b, start in enumerate(starts):
-        start = min(start, tokens)
-        assert (out[b, :start] == 0).all() and (lse[b, :start] == -math.inf).all()
-        assert cache.lengths[b] == tokens - start and torch.equal(cache.keys(b), k[b, start:])
-        own = truth(*(x[b : b + 1, start:] for x in (q, k, v)), None, block_size=4, topk=2)
-        torch.testing.assert_close(out[b : b + 1, start:].double(), own[0], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("page_size", [1, 4, 6, 8, 64])
-def test_paged_is_bitwise_contiguous(page_size):
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 40, h, DIM, generator=g) for h in (4, KV_HEADS, KV_HEADS))
-    caches = [MoBACache(2, 40, KV_HEADS, DIM, block_size=8, page_size=p) for p in (None, page_size)]
-    for at in range(0, 40, 5):
-        for cache in caches:
-            cache.append(k[:, at : at + 5], v[:, at : at + 5])
-        one, other = (moba_decode(q[:, at : at + 5], c, topk=3) for c in caches)
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
-@pytest.mark.parametrize("routing", ["head", "group"])
-def test_every_backend_decodes(backend, routing, device):
-    if backend == "triton":
-        pytest.importorskip("triton")
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, 24, h, 16, generator=g).to(device) for h in (6, 2, 2))
-    cache = MoBACache(3, 40, 2, 16, block_size=4, page_size=8, device=device)
-    cache.append(k, v, lengths=[24, 9, 0])
-    sinks = torch.linspace(-1, 1, 6).to(device)
-    options = dict(topk=3, routing=routing, sink_blocks=1, local_blocks=1)
-    last = torch.stack([q[0, 23], q[1, 8], q[2, 0]])[:, None]
-    out, lse = moba_decode(last, cache, sinks=sinks, return_lse=True, q_lengths=[1, 1, 0], backend=backend, **options)
-    for b, n in ((0, 24), (1, 9)):
-        rows = (last[b : b + 1], *(x[b : b + 1, :n] for x in (k, v)))
-        expected = truth(*rows, sinks.double(), block_size=4, **options)
-        torch.testing.assert_close(out[b : b + 1].double(), expected[0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(lse[b : b + 1].double(), expected[1], atol=1e-5, rtol=1e-5)
-    assert (out[2] == 0).all() and torch.equal(lse[2, 0], sinks)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes(dtype):
-    q, k, v = (x.to(dtype) for x in inputs(1, 60, 2, seed=3))
-    cache = MoBACache(1, 60, KV_HEADS, DIM, block_size=8, dtype=dtype)
-    cache.append(k, v)
-    out = moba_decode(q[:, -3:], cache, topk=3)
-    expected, _ = truth(q[:, -3:], k, v, None, block_size=8, topk=3)
-    assert out.dtype == dtype and cache.sums.dtype == torch.promote_types(dtype, torch.float32)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), expected, atol=4 * eps, rtol=2 * eps)
-
-
-def test_head_major_pages_need_no_copy():
-    q, k, v = inputs(2, 50, 2, seed=4)
-    spec, lengths, table = Spec(8, 3, True, 0.3, False, 0, 0, 1), torch.tensor([50, 33]).int(), torch.arange(2).int()
-    cache = MoBACache(2, 50, KV_HEADS, DIM, block_size=8)
-    cache.append(k, v, lengths=lengths)
-    flipped = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-    rest = (table[:, None], cache.sums, table, lengths, None, None, spec, slots(spec, 50))
-    for one, other in zip(decode(q[:, -1], k, v, *rest), decode(q[:, -1], *flipped, *rest), strict=True):
-        assert torch.equal(one, other)
+def tokens(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values `[2, count, KV_HEADS, DIM]`."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(2, count, KV_HEADS, DIM, generator=g), torch.randn(2, count, KV_HEADS, DIM, generator=g)
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.sampled_from([1, 4, 7]))
 def test_running_sums_are_means(cuts, block_size):
-    k = torch.randn(2, sum(cuts), KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
+    k, _ = tokens(sum(cuts))
     cache = MoBACache(2, sum(cuts) + 9, KV_HEADS, DIM, block_size=block_size)
     for part in k.split(cuts, 1):
         cache.append(part, part)
@@ -215,53 +32,38 @@ def test_running_sums_are_means(cuts, block_size):
         torch.testing.assert_close(found[:, i], mean, atol=1e-6, rtol=1e-5)
 
 
-def test_reset_reuses_pages_and_forgets():
-    q, k, v = inputs(2, 32, 2, seed=5)
-    cache = MoBACache(2, 32, KV_HEADS, DIM, block_size=4, page_size=8, pages=6)
-    cache.append(torch.full_like(k, 1e9)[:, :24], v[:, :24])
-    assert cache.free_pages == 0
-    cache.reset([1])
-    assert cache.lengths == (24, 0) and cache.free_pages == 3 and (cache.sums[1] == 0).all()
-    cache.reset()
-    assert cache.free_pages == 6
-    cache.append(k[:, :16], v[:, :16], lengths=[16, 3])
-    cache.append(k[:, 16:], v[:, 16:], lengths=[16, 0])
-    out = moba_decode(q[:, 16:], cache, topk=2, q_lengths=[16, 0])
-    expected, _ = truth(q[:1, 16:], k[:1], v[:1], None, block_size=4, topk=2)
-    torch.testing.assert_close(out[:1].double(), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(cache.keys(1), k[1, :3])
-
-
 def state(cache: MoBACache) -> list[Any]:
     tensors = (cache.k_pages, cache.v_pages, cache.table, cache.sums, cache.device_lengths)
     return [*(x.clone() for x in tensors), cache.lengths, cache.free_pages]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "tokens", "lengths", "message"),
+    ("arguments", "more", "lengths", "message"),
     [
         ({}, 15, None, r"row 0 holds 6 tokens .* 15 more pass its capacity of 20"),
         ({}, 15, [14, 15], r"row 1 holds 6 tokens .* 15 more pass its capacity of 20"),
         ({"page_size": 4, "pages": 5}, 4, None, r"8 more tokens need 2 pages of 4, 1 of 5 are free"),
         ({"page_size": 4}, 15, None, r"row 0 holds 6 tokens"),
+        ({"starts": [2, 3]}, 15, None, r"row 0 holds 4 tokens behind 2 of padding, 15 more pass its capacity of 20"),
     ],
 )
-def test_overflow_names_sizes_and_changes_nothing(arguments, tokens, lengths, message):
-    _, k, v = inputs(2, 40, 1, seed=6)
+def test_overflow_names_sizes_and_changes_nothing(arguments, more, lengths, message):
+    k, v = tokens(40)
     cache = MoBACache(2, 20, KV_HEADS, DIM, block_size=4, **arguments)
     cache.append(k[:, :6], v[:, :6])
     before = state(cache)
     with pytest.raises(ValueError, match=message):
-        cache.append(k[:, :tokens], v[:, :tokens], lengths)
+        cache.append(k[:, :more], v[:, :more], lengths)
     for one, other in zip(before, state(cache), strict=True):
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
-    cache.append(k[:, :1], v[:, :1], lengths=[1, 1])
-    assert cache.lengths == (7, 7)
+    held = cache.lengths
+    cache.append(k[:, :1], v[:, :1])
+    assert cache.lengths == tuple(n + 1 for n in held)
 
 
 @pytest.mark.parametrize("page_size", [None, 3])
 def test_claim_and_write_are_append(page_size):
-    _, k, v = inputs(2, 12, 1, seed=7)
+    k, v = tokens(12)
     one, other = (MoBACache(2, 12, KV_HEADS, DIM, block_size=4, page_size=page_size) for _ in range(2))
     addresses = [x.data_ptr() for x in (other.k_pages, other.table, other.sums, other.device_lengths)]
     for t in range(12):
@@ -273,71 +75,38 @@ def test_claim_and_write_are_append(page_size):
     assert addresses == [x.data_ptr() for x in (other.k_pages, other.table, other.sums, other.device_lengths)]
 
 
-def test_nan_stays_where_it_is_seen():
-    q, k, v = inputs(2, 40, 2, seed=8)
-    q[0, -1, 1] = math.nan
-    k[1, 5, 0] = math.nan  # block 1 of head 0: its centroid ranks first, and the rows that choose it are NaN
-    cache = MoBACache(2, 50, KV_HEADS, DIM, block_size=4)
-    cache.append(k, v)
-    out, lse = moba_decode(q[:, -1:], cache, topk=2, return_lse=True)
-    bad = torch.zeros(2, 4, dtype=torch.bool)
-    bad[0, 1] = bad[1, :2] = True
-    assert torch.equal(out[:, 0].isnan().all(-1), bad) and torch.equal(lse[:, 0].isnan(), bad)
-    assert not out[:, 0][~bad].isnan().any()
-    options = dict(topk=2, routing="head", sink_blocks=0, local_blocks=0)
-    assert (indices_of(q[:, -1:], cache, options)[1, 0, :2, 1] == 1).all()
+@pytest.mark.parametrize("page_size", [None, 5])
+def test_rows_of_other_lengths_take_the_same_chunk(page_size):
+    k, v = tokens(12)
+    cache = MoBACache(2, 12, KV_HEADS, DIM, block_size=4, page_size=page_size)
+    cache.append(k[:, :5], v[:, :5], lengths=[5, 2])
+    cache.append(k[:, 5:9], v[:, 5:9])
+    for row, kept in enumerate((5, 2)):
+        whole = torch.cat([k[row, :kept], k[row, 5:9]])
+        assert torch.equal(cache.keys(row), whole)
+        means = torch.stack([x.mean(0) for x in whole.split(4)])
+        torch.testing.assert_close(cache.centroids()[row, : len(means)], means, atol=1e-6, rtol=1e-5)
+    assert cache.lengths == (9, 6) == tuple(cache.device_lengths.tolist())
 
 
-def test_opcheck():
-    q, k, v = inputs(2, 20, 2, seed=9)
-    cache = MoBACache(2, 20, KV_HEADS, DIM, block_size=4)
-    cache.append(k, v)
-    for tokens, sinks, ragged in ((1, None, None), (3, torch.zeros(4), torch.tensor([2, 3]).int())):
-        places = (cache.k_pages, cache.v_pages, cache.table, cache.sums, cache.device_lengths, ragged, None, sinks)
-        args = (q[:, -tokens:], *places, 4, 2, 0.3, False, 1, 1, 20, "portable")
-        torch.library.opcheck(torch.ops.attnlab.moba_decode.default, args)
+def test_a_padded_batch_skips_its_padding_again_after_a_reset():
+    cache = MoBACache(2, 12, KV_HEADS, DIM, block_size=4, starts=[0, 5])
+    for seed in range(2):
+        k, v = tokens(12, seed)
+        for at in range(0, 12, 3):
+            cache.append(k[:, at : at + 3], v[:, at : at + 3])
+        assert cache.lengths == (12, 7)
+        for row, start in enumerate((0, 5)):
+            assert torch.equal(cache.keys(row), k[row, start:]) and torch.equal(cache.values(row), v[row, start:])
+        cache.reset()
 
 
-def test_compiled_step_is_traced_once():
-    q, k, v = inputs(2, 30, 2, seed=10)
-    counter = CompileCounter()
-    cache = MoBACache(2, 30, KV_HEADS, DIM, block_size=4)
-    cache.append(k[:, :20], v[:, :20])
-
-    @torch.compile(fullgraph=True, backend=counter)
-    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.write(k, v)
-        return moba_decode(q, cache, topk=3)
-
-    expected = moba_attention(q, k, v, block_size=4, topk=3, backend="reference")
-    for t in range(20, 30):
-        cache.claim()
-        out = step(*(x[:, t : t + 1] for x in (q, k, v)))
-        torch.testing.assert_close(out, expected[:, t : t + 1], atol=1e-5, rtol=1e-5)
-    assert counter.frame_count == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.unpoisoned
-@pytest.mark.parametrize("backend", ["portable", "triton"])
-def test_graph_replay_is_eager(backend):
-    q, k, v = (x.cuda() for x in inputs(2, 40, 2, seed=11))
-    cache = MoBACache(2, 40, KV_HEADS, DIM, block_size=4, page_size=8, device="cuda")
-    cache.append(k[:, :20], v[:, :20])
-    step = [x[:, 20:21].clone() for x in (q, k, v)]
-    moba_decode(step[0], cache, topk=3, backend=backend)  # compiles outside the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        cache.write(*step[1:])
-        out = moba_decode(step[0], cache, topk=3, backend=backend)
-    expected, _ = truth(q, k, v, None, block_size=4, topk=3)
-    for t in range(20, 40):
-        for held, x in zip(step, (q, k, v), strict=True):
-            held.copy_(x[:, t : t + 1])
-        cache.claim()
-        graph.replay()
-        torch.testing.assert_close(out.double(), expected[:, t : t + 1], atol=1e-5, rtol=1e-5)
-    assert cache.lengths == (40, 40) == tuple(cache.device_lengths.tolist())
+def test_nothing_of_a_graph_is_kept():
+    k, v = (x.requires_grad_() for x in tokens(6))
+    cache = MoBACache(2, 6, KV_HEADS, DIM, block_size=4)
+    cache.append(k[:, :5], v[:, :5])
+    cache.append(k[:, 5:], v[:, 5:])
+    assert not any(x.requires_grad for x in (cache.keys(0), cache.values(0), cache.sums))
 
 
 def make(**changes: Any) -> MoBACache:
@@ -363,6 +132,7 @@ def test_bad_cache(changes, error, message):
 
 
 ZEROS = torch.zeros(2, 3, 2, 4)
+META = ZEROS.to("meta")
 
 
 @pytest.mark.parametrize(
@@ -374,32 +144,30 @@ ZEROS = torch.zeros(2, 3, 2, 4)
         (lambda c: c.append([1], ZEROS), TypeError, "k must be a Tensor, got list"),
         (lambda c: c.append(ZEROS, ZEROS, [1]), ValueError, r"lengths must be 2 ints in 0..3, got \[1\]"),
         (lambda c: c.append(ZEROS, ZEROS, [1, 4]), ValueError, r"lengths must be 2 ints in 0..3, got \[1, 4\]"),
+        (lambda c: c.append(ZEROS, ZEROS, [1, -1]), ValueError, r"lengths must be 2 ints in 0..3, got \[1, -1\]"),
+        (lambda c: c.append(META, META), ValueError, "k must be on the cache's cpu, got meta"),
         (lambda c: c.write(ZEROS, ZEROS), ValueError, "k must hold one token per row, got 3"),
         (lambda c: c.claim(0), ValueError, "tokens must be a positive int, got 0"),
         (lambda c: c.reset([2]), ValueError, r"rows must be ints in 0..1, got \[2\]"),
-        (lambda c: moba_decode(ZEROS, c, topk=0), ValueError, "moba_decode: topk must be a positive int, got 0"),
-        (
-            lambda c: moba_decode(ZEROS, c, topk=1, routing="x"),
-            ValueError,
-            "routing must be 'head' or 'group', got 'x'",
-        ),
-        (lambda c: moba_decode(ZEROS, c, topk=1, sink_blocks=-1), ValueError, "sink_blocks must be a non-negative int"),
-        (lambda c: moba_decode(ZEROS, c, topk=1, sinks=torch.zeros(3)), ValueError, r"sinks must have shape \[2\]"),
-        (lambda c: moba_decode(ZEROS[..., :3], c, topk=1), ValueError, r"q must have shape \[2, Tq, Hq, 4\]"),
-        (lambda c: moba_decode(ZEROS[:, :, :1], c, topk=1), ValueError, "multiple of the cache's heads 2, got 1"),
-        (lambda c: moba_decode(ZEROS.half(), c, topk=1), TypeError, "q must have the cache's dtype"),
-        (lambda c: moba_decode(ZEROS, None, topk=1), TypeError, "cache must be a MoBACache, got NoneType"),
-        (lambda c: moba_decode(ZEROS, c, topk=1), ValueError, "q holds 3 tokens of row 0, the cache 2"),
-        (lambda c: moba_decode(ZEROS[:, :1], c, topk=1, backend="cuda"), ValueError, "backend must be one of 'auto'"),
-        (
-            lambda c: moba_decode(ZEROS[:, :1].clone().requires_grad_(), c, topk=1),
-            ValueError,
-            "q must not require a gradient",
-        ),
     ],
 )
 def test_bad_calls(call, error, message):
     cache = make()
     cache.append(ZEROS[:, :2], ZEROS[:, :2])
     with pytest.raises(error, match=message):
+        call(cache)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: c.append(ZEROS, ZEROS, [3, 1]), "MoBACache.append: lengths needs a cache without starts"),
+        (lambda c: c.claim(), "MoBACache.claim: append the padded prompt of 3 tokens first"),
+        (lambda c: c.reset([1]), r"MoBACache.reset: a cache with starts empties all rows at once, got \[1\]"),
+    ],
+)
+def test_bad_calls_of_a_padded_cache(call, message):
+    cache = make(starts=[0, 3])
+    cache.append(ZEROS[:, :2], ZEROS[:, :2])
+    with pytest.raises(ValueError, match=message):
         call(cache)

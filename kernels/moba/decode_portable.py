@@ -157,7 +157,7 @@ def _attend(
     seen = seen.view(width * hr, 1, -1)
     heads = torch.arange(hr, device=q.device) // (hr // hkv)
     k_at, v_at = (x.at(row, heads, positions).flatten(0, 1) for x in (k_rows, v_rows))
-    q = (q.to(dtype) * spec.scale).view(width * hr, hq // hr, dim)
+    q = (q.to(dtype) * spec.scale).reshape(width * hr, hq // hr, dim)
     scores = q.new_empty((*q.shape[:2], seen.shape[2]))
     parts = _split(len(q), seen.shape[2] * dim * dtype.itemsize, q.device)
     scratch = k_rows.table.new_empty(parts[0].stop * seen.shape[2], dim)  # fresh memory is slow
