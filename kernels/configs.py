@@ -34,11 +34,11 @@ TABLES: dict[str, Table] = {
         (120, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
         (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
         (0, 64, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-        (0, 128, 4): {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-        (0, 256, 4): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "states.merge": {
-        (0, 64, 4): {"BLOCK_M": 32, "num_warps": 4},
+        (0, 64, 2): {"BLOCK_M": 32, "num_warps": 4},
         (0, 128, 4): {"BLOCK_M": 16, "num_warps": 4},
         (0, 256, 4): {"BLOCK_M": 8, "num_warps": 4},
     },
@@ -115,11 +115,9 @@ TABLES: dict[str, Table] = {
     "moba.decode": {
         (80, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         (80, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-        (0, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         (0, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         (0, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "moba.centroids": {
         (0, 128, 4): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
@@ -154,7 +152,7 @@ TABLES: dict[str, Table] = {
         (120, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
         (120, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
         (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
         (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "moba.finish": {
@@ -170,8 +168,8 @@ TABLES: dict[str, Table] = {
         (120, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
         (120, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
         (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
-        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        (0, 256, 4): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
 }
 

@@ -29,10 +29,12 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(bool(module.missing()), reason="needs NVRTC: attnlab[cuda]")
-@pytest.mark.parametrize(("archs", "dims"), [("90", "64,96,128,256"), ("80,100,120", "128")])
-def test_production_kernels_keep_to_their_limits(archs, dims, tmp_path):
+@pytest.mark.parametrize(
+    ("archs", "dims", "dtype"), [("90", "64,96,128,256", "bf16"), ("80,100,120", "128", "bf16"), ("80", "256", "fp32")]
+)
+def test_production_kernels_keep_to_their_limits(archs, dims, dtype, tmp_path):
     record = tmp_path / "record.json"
-    arguments = ("--arch", archs, "--head-dim", dims, "--dtype", "bf16", "--quiet", "--json", str(record))
+    arguments = ("--arch", archs, "--head-dim", dims, "--dtype", dtype, "--quiet", "--json", str(record))
     done = python("-m", "attnlab.kernels.compile", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     built = json.loads(record.read_text())

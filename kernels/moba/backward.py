@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .. import configs
 from ..states.gradients import dkv_step, dq_step, preprocess
-from ..states.tiles import arch, cdiv, head_tile, job, load_lse, load_rows, precision, store_rows, tile_rows
+from ..states.tiles import arch, cdiv, cut, head_tile, job, load_lse, load_rows, precision, store_rows, tile_rows
 from .layout import layout as triton_layout
+from .layout import segment
 from .spec import Geometry, Slots, Spec
-from .tiles import most_items, segment, work_items
 
 MAX_PAIRS = 2**31 - 1  # pairs of a list are numbered in int32
 
@@ -254,17 +254,15 @@ def _dq(
     shape = _shape(q, hr)
     if places and keys:
         tiles = _tiles("moba.dq", q, spec.block_size)
-        bound = most_items(nq * hq * places, keys, tiles["BLOCK_M"])
-        owner, first = work_items(offsets.diff() * shape["SHARED"], tiles["BLOCK_M"], bound)
-        dq_kernel[(bound,)](
+        owner, first = cut(offsets.diff() * shape["SHARED"], nq * hq * places, tiles["BLOCK_M"])
+        dq_kernel[(owner.numel(),)](
             q, k, v, dout, lse, delta, part, pairs, offsets, owner, first, geo.cu_k, geo.cu_blocks, geo.block_seq,
             *strides, kv_heads, hr, keys, sequences, nslots.total, spec.block_size, spec.scale,
             OWN=nslots.own, WHOLE=spec.causal and spec.block_size % tiles["BLOCK_N"] == 0, **shape, **tiles,
         )  # fmt: skip
     tiles, heads = _tiles("moba.dq_finish", q, spec.block_size), hq // kv_heads
-    bound = most_items(nq * heads, sequences, tiles["BLOCK_M"])
-    owner, first = work_items(geo.cu_q.diff() * heads, tiles["BLOCK_M"], bound)
-    dq_finish_kernel[(bound * kv_heads,)](
+    owner, first = cut(geo.cu_q.diff() * heads, nq * heads, tiles["BLOCK_M"])
+    dq_finish_kernel[(owner.numel() * kv_heads,)](
         q, k, v, dout, lse, delta, part, indices, dq, owner, first, geo.cu_q, geo.cu_k, geo.cu_blocks, geo.query_pos,
         *strides, kv_heads, sequences, nslots.total, spec.block_size, spec.scale,
         OWN=nslots.own, HEADS=heads, **shape, **tiles,

@@ -6,27 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..states.tiles import arch, head_tile
+from ..states.tiles import arch, head_tile, job, load_rows
 from .spec import Geometry, Spec
-from .tiles import TYPES, load_rows
 
 
 @triton.jit
 def centroids_kernel(
-    k,
-    out,
-    cu_k,
-    cu_blocks,
-    block_seq,
-    stride_t,
-    stride_h,
-    num_seqs,
-    block_size,
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    k, out, cu_k, cu_blocks, block_seq, k_t, k_h, num_seqs, block_size,
+    HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(block_seq + block)
     real = seq < num_seqs
@@ -35,10 +23,10 @@ def centroids_kernel(
     start = begin + (block - tl.load(cu_blocks + seq, mask=real, other=0)) * block_size
     length = tl.where(real, tl.minimum(block_size, end - start), 0)
     row = tl.arange(0, BLOCK_N)
-    p_k = k + start.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
+    k += start.to(tl.int64) * k_t + head.to(tl.int64) * k_h
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for n in range(0, length, BLOCK_N):
-        total += load_rows(p_k + (n + row).to(tl.int64) * stride_t, n + row < length, D, BLOCK_D, False).to(tl.float32)
+        total += load_rows(k, (n + row).to(tl.int64) * k_t, n + row < length, D, BLOCK_D, True).to(tl.float32)
     i_d = tl.arange(0, BLOCK_D)
     mean = tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32)
     tl.store(out + (block.to(tl.int64) * HKV + head) * D + i_d, mean, mask=i_d < D)
@@ -59,10 +47,6 @@ def centroids(k: Tensor, geo: Geometry, spec: Spec) -> Tensor:
 
 def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
     row = configs.get("moba.centroids", arch, head_dim, 4 if dtype == "fp32" else 2)
-    options = {name: row.pop(name) for name in ("num_warps", "num_stages")}
-    constexprs = {"HKV": 8, "D": head_dim, "BLOCK_D": head_tile(head_dim), **row}
-    signature = {"k": TYPES[dtype], "out": "*fp32", "cu_k": "*i32", "cu_blocks": "*i32", "block_seq": "*i32"}
-    signature |= dict.fromkeys(("stride_t", "stride_h", "num_seqs", "block_size"), "i32")
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    job = {"name": "moba.centroids", "fn": centroids_kernel, "signature": signature, "constexprs": constexprs}
-    return [job | {"options": options, "dot": False, "divisible": ["stride_t", "stride_h"]}]
+    types = {"k": f"*{dtype}", "out": "*fp32", "cu_k": "*i32", "cu_blocks": "*i32", "block_seq": "*i32"}
+    shape = {"HKV": 8, "D": head_dim, "BLOCK_D": head_tile(head_dim)}
+    return [job("moba.centroids", centroids_kernel, types, shape, row, dot=False)]

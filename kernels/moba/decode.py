@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import configs
 from ..states.attention import add_sink, softmax_step
-from ..states.tiles import LN2, LOG2E, arch, cdiv, head_tile, job, load_rows, precision, store_rows
+from ..states.tiles import LN2, LOG2E, arch, cdiv, dot_rows, head_tile, job, load_rows, precision, store_rows
 from .spec import Slots, Spec
 
 ROUND = 32  # blocks chosen per pass over the sums
@@ -47,20 +47,26 @@ def _best(
 
 @triton.jit
 def _attend(
-    b_acc, b_m, b_l, b_q, k, v, table, k_page, k_t, v_page, v_t, page_size, start, begin, end, scale,
+    b_acc, b_m, b_l, b_q, q, o_q, m_g, k, v, table, p_index, block, tile, k_page, k_t, v_page, v_t, page_size,
+    block_size, start, length, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys [begin, end) of a row, at most a tile of them, through its page table."""
-    o_n = begin + tl.arange(0, BLOCK_N)
-    m_n = o_n < end
-    o_slot = start + o_n
-    i_page = tl.load(table + o_slot // page_size, mask=m_n, other=0).to(tl.int64)
-    i_t = (o_slot % page_size).to(tl.int64)
-    b_k = load_rows(k, i_page * k_page + i_t * k_t, m_n, D, BLOCK_D, True)
-    b_v = load_rows(v, i_page * v_page + i_t * v_t, m_n, D, BLOCK_D, True)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-    b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-    return softmax_step(b_acc, b_m, b_l, b_s, b_v, 1.0, True, PRECISION)
+    """A tile of keys of the block a slot names, through the row's page table; the first tile notes the block."""
+    if tile == 0:
+        tl.store(p_index, block)
+    o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = (o_n < block_size) & (block * block_size + o_n < length)
+    if (block >= 0) & (block * block_size + tile * BLOCK_N < length):
+        o_slot = start + block * block_size + o_n
+        i_page = tl.load(table + o_slot // page_size, mask=m_n, other=0).to(tl.int64)
+        i_t = (o_slot % page_size).to(tl.int64)
+        o_k = i_page * k_page + i_t * k_t
+        b_k = load_rows(k, o_k, m_n, D, BLOCK_D, True)
+        b_v = load_rows(v, i_page * v_page + i_t * v_t, m_n, D, BLOCK_D, True)
+        b_s = dot_rows(b_q, b_k, q, o_q, m_g, k, o_k, m_n, D, PRECISION) * (scale * LOG2E)
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_acc, b_m, b_l = softmax_step(b_acc, b_m, b_l, b_s, b_v, 1.0, True, PRECISION)
+    return b_acc, b_m, b_l
 
 
 @triton.jit
@@ -86,7 +92,8 @@ def decode_kernel(
     sums += i_row * s_r + i_kv * s_h
     o_g = tl.arange(0, BLOCK_G)
     o_h, m_g = i_route * SHARED + o_g, o_g < SHARED
-    b_q = load_rows(q, i_r * q_r + o_h * q_h, m_g, D, BLOCK_D, True)
+    o_q = i_r * q_r + o_h * q_h
+    b_q = load_rows(q, o_q, m_g, D, BLOCK_D, True)
     b_gate = tl.sum(b_q.to(tl.float32), 0) / block_size
 
     # Slots in the order of spec.py: own, sink blocks, local blocks, picks. A share is a run of (slot, key tile) units.
@@ -106,15 +113,10 @@ def decode_kernel(
         recent = own - (slot - sink)
         block = tl.where(slot <= sink, tl.where(slot <= own, slot - 1, -1), tl.where(recent >= sink, recent, -1))
         block = tl.where(slot == 0, own, block)
-        if tile == 0:
-            tl.store(p_indices + slot, block)
-        first = block * block_size + tile * BLOCK_N
-        last = tl.minimum(tl.minimum(block * block_size + block_size, length), first + BLOCK_N)
-        if (block >= 0) & (first < last):
-            b_acc, b_m, b_l = _attend(
-                b_acc, b_m, b_l, b_q, k, v, table, k_page, k_t, v_page, v_t, page_size, start, first, last, scale,
-                D, BLOCK_D, BLOCK_N, PRECISION,
-            )  # fmt: skip
+        b_acc, b_m, b_l = _attend(
+            b_acc, b_m, b_l, b_q, q, o_q, m_g, k, v, table, p_indices + slot, block, tile, k_page, k_t, v_page, v_t,
+            page_size, block_size, start, length, scale, D, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
 
     below = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
     o_k = tl.arange(0, K)
@@ -128,15 +130,10 @@ def decode_kernel(
         for unit in tl.range(tl.maximum(begin, first_unit), tl.minimum(end, last_unit)):
             slot, tile = unit // tiles, unit % tiles
             block = tl.sum(tl.where(o_k == slot - ruled - pick, b_block, 0), 0)
-            if tile == 0:
-                tl.store(p_indices + slot, block)
-            first = block * block_size + tile * BLOCK_N
-            last = tl.minimum(tl.minimum(block * block_size + block_size, length), first + BLOCK_N)
-            if (block >= 0) & (first < last):
-                b_acc, b_m, b_l = _attend(
-                    b_acc, b_m, b_l, b_q, k, v, table, k_page, k_t, v_page, v_t, page_size, start, first, last, scale,
-                    D, BLOCK_D, BLOCK_N, PRECISION,
-                )  # fmt: skip
+            b_acc, b_m, b_l = _attend(
+                b_acc, b_m, b_l, b_q, q, o_q, m_g, k, v, table, p_indices + slot, block, tile, k_page, k_t, v_page,
+                v_t, page_size, block_size, start, length, scale, D, BLOCK_D, BLOCK_N, PRECISION,
+            )  # fmt: skip
 
     o_out = (i_r * ROUTES + i_route) * SHARED + o_g
     if SPLITS > 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .spec import Slots, Spec, cdiv, slots
 
+_INT32 = torch.iinfo(torch.int32).max
 _BELOW = torch.iinfo(torch.int64).min  # ranks under every score, NaN and -inf included
 _CPU_BYTES = 4 << 20
 _GPU_BYTES = 256 << 20
@@ -127,11 +128,11 @@ class _Rows(NamedTuple):
 
     def at(self, row: Tensor, heads: Tensor, positions: Tensor) -> Tensor:
         """Rows of the table, shaped as `positions [R, Hr, n]`, for cache rows `row [R]` and KV heads `heads [Hr]`."""
-        slot = positions if self.starts is None else positions + self.starts[row].long()[:, None, None]
-        pages, by_head = self.pages[row].long(), heads[:, None] * self.strides[2]
+        slot = positions if self.starts is None else positions + self.starts[row][:, None, None].to(positions.dtype)
+        pages, by_head = self.pages[row].to(positions.dtype), heads[:, None] * self.strides[2]
         if pages.shape[1] == 1:
             return slot * self.strides[1] + (pages[:, None] * self.strides[0] + by_head)
-        page = pages.gather(1, (slot // self.page).flatten(1)).view_as(slot)
+        page = pages.gather(1, (slot // self.page).flatten(1).long()).view_as(slot)
         return page * self.strides[0] + slot % self.page * self.strides[1] + by_head
 
 
@@ -149,14 +150,18 @@ def _attend(
     """One softmax over the chosen blocks: all scores, then all values."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     (width, hq, dim), hr = q.shape, chosen.shape[1]
-    last = (lengths - 1)[:, None, None, None]
-    positions = (chosen * spec.block_size)[..., None] + torch.arange(spec.block_size, device=q.device)
+    dtype_at = torch.int32 if max(len(k_rows.table), len(v_rows.table)) <= _INT32 else torch.int64
+    last = (lengths - 1).to(dtype_at)[:, None, None, None]
+    first = (chosen * spec.block_size).to(dtype_at)[..., None]
+    positions = first + torch.arange(spec.block_size, dtype=dtype_at, device=q.device)
     seen = (positions >= 0) & (positions <= last)
     # A hidden key repeats the query's own, so that unused memory is never read.
     positions = torch.where(seen, positions, last.clamp(min=0)).flatten(2)
     seen = seen.view(width * hr, 1, -1)
-    heads = torch.arange(hr, device=q.device) // (hr // hkv)
-    k_at, v_at = (x.at(row, heads, positions).flatten(0, 1) for x in (k_rows, v_rows))
+    heads = torch.arange(hr, dtype=dtype_at, device=q.device) // (hr // hkv)
+    k_at = v_at = k_rows.at(row, heads, positions).flatten(0, 1)
+    if k_rows.strides != v_rows.strides:
+        v_at = v_rows.at(row, heads, positions).flatten(0, 1)
     q = (q.to(dtype) * spec.scale).reshape(width * hr, hq // hr, dim)
     scores = q.new_empty((*q.shape[:2], seen.shape[2]))
     parts = _split(len(q), seen.shape[2] * dim * dtype.itemsize, q.device)

@@ -10,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..states.tiles import arch, head_tile
+from ..states.tiles import arch, cut, head_tile, job, load_rows
 from .spec import Geometry, Slots, Spec
-from .tiles import TYPES, load_rows, most_items, work_items
 
 WIDEST = 32
 NO_SCORE = tl.constexpr(-(2**31))
@@ -67,44 +66,43 @@ def put(indices, scores, p, block, mask, SCORES: tl.constexpr):
 
 
 @triton.jit
-def load_queries(p_q, m_t, stride_h, SUMMED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_queries(q, o_q, m_t, q_h, SUMMED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """float32 rows of q, added up over the heads that choose together."""
-    b_q = load_rows(p_q, m_t, D, BLOCK_D, False).to(tl.float32)
+    b_q = load_rows(q, o_q, m_t, D, BLOCK_D, True).to(tl.float32)
     for j in tl.static_range(1, SUMMED):
-        b_q += load_rows(p_q + j * stride_h, m_t, D, BLOCK_D, False).to(tl.float32)
+        b_q += load_rows(q + j * q_h, o_q, m_t, D, BLOCK_D, True).to(tl.float32)
     return b_q
 
 
 @triton.jit
-def affinity_in_steps(p_q, m_t, p_n, m_n, stride_h, PRODUCTS: tl.constexpr, SUMMED: tl.constexpr, D: tl.constexpr,
+def affinity_in_steps(q, o_q, m_t, c, o_c, m_n, q_h, PRODUCTS: tl.constexpr, SUMMED: tl.constexpr, D: tl.constexpr,
                       DEPTH: tl.constexpr):  # fmt: skip
     """`affinity` of whole rows, `DEPTH` elements of the head at a time."""
     s = tl.zeros([m_t.shape[0], m_n.shape[0]], tl.float32)
     i_d = tl.arange(0, DEPTH)
-    p_q, p_n = p_q[:, None] + i_d[None, :], p_n[:, None] + i_d[None, :]
+    p_q, p_c = q + o_q[:, None] + i_d[None, :], c + o_c[:, None] + i_d[None, :]
     for d in range(0, D, DEPTH):
         m = m_t[:, None] & (d + i_d < D)[None, :]
         b_q = tl.load(p_q + d, mask=m, other=0.0).to(tl.float32)
         for j in tl.static_range(1, SUMMED):
-            b_q += tl.load(p_q + d + j * stride_h, mask=m, other=0.0).to(tl.float32)
-        b_c = tl.load(p_n + d, mask=m_n[:, None] & (d + i_d < D)[None, :], other=0.0)
+            b_q += tl.load(p_q + d + j * q_h, mask=m, other=0.0).to(tl.float32)
+        b_c = tl.load(p_c + d, mask=m_n[:, None] & (d + i_d < D)[None, :], other=0.0)
         s += affinity(b_q, b_c, PRODUCTS)
     return s
 
 
 @triton.jit
-def best_keys(top, b_q, p_q, m_t, p_c, sink, stop, longest, below, stride_h, stride_c, PRODUCTS: tl.constexpr,
+def best_keys(top, b_q, q, o_q, m_t, c, sink, stop, longest, below, q_h, c_n, PRODUCTS: tl.constexpr,
               SUMMED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
               DEPTH: tl.constexpr):  # fmt: skip
     """Replace the worst keys of `top [m, w]` by better ones, under `below[m]`, of blocks `sink <= n < stop[m]`."""
     i_n = tl.arange(0, BLOCK_N)
-    p_n = p_c + i_n * stride_c
     for n in range(sink, longest, BLOCK_N):
         if DEPTH >= D:
-            s = affinity(b_q, load_rows(p_n, n + i_n < longest, D, BLOCK_D, False), PRODUCTS)
+            s = affinity(b_q, load_rows(c, i_n * c_n, n + i_n < longest, D, BLOCK_D, True), PRODUCTS)
         else:
-            s = affinity_in_steps(p_q, m_t, p_n, n + i_n < longest, stride_h, PRODUCTS, SUMMED, D, DEPTH)
-        p_n += BLOCK_N * stride_c
+            s = affinity_in_steps(q, o_q, m_t, c, i_n * c_n, n + i_n < longest, q_h, PRODUCTS, SUMMED, D, DEPTH)
+        c += BLOCK_N * c_n
         keys = (ordered(s).to(tl.int64) << 32) | (0x7FFFFFFF - n - i_n).to(tl.int64)[None, :]
         keys = tl.where((n + i_n[None, :] < stop[:, None]) & (keys < below[:, None]), keys, NO_KEY)
         best, worst = tl.max(keys, 1), tl.min(top, 1)
@@ -117,35 +115,12 @@ def best_keys(top, b_q, p_q, m_t, p_c, sink, stop, longest, below, stride_h, str
 
 @triton.jit
 def gate_kernel(
-    q,
-    c,
-    indices,
-    scores,
-    owner,
-    first,
-    cu_q,
-    cu_blocks,
-    query_pos,
-    stride_t,
-    stride_h,
-    num_seqs,
-    block_size,
-    sink,
-    local,
-    picks,
+    q, c, indices, scores, owner, first, cu_q, cu_blocks, query_pos, q_t, q_h, num_seqs, block_size, sink, local, picks,
     slots,
-    CAUSAL: tl.constexpr,
-    SCORES: tl.constexpr,
-    HR: tl.constexpr,
-    HKV: tl.constexpr,
-    SUMMED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, SCORES: tl.constexpr, HR: tl.constexpr, HKV: tl.constexpr, SUMMED: tl.constexpr,
+    WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DEPTH: tl.constexpr,
-):
+):  # fmt: skip
     item = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the longest rows come last: start with them
     head = tl.program_id(1)
     seq = tl.load(owner + item)
@@ -168,11 +143,11 @@ def gate_kernel(
         put(indices, scores, p + sink + j, tl.where(own - 1 - j >= sink, own - 1 - j, -1), m_t, SCORES)
     p += sink + local
 
-    p_q = q + t.to(tl.int64) * stride_t + head.to(tl.int64) * (SUMMED * stride_h)
-    b_q = load_queries(p_q, m_t, stride_h, SUMMED, D, BLOCK_D)
+    o_q = t.to(tl.int64) * q_t + head.to(tl.int64) * (SUMMED * q_h)
+    b_q = load_queries(q, o_q, m_t, q_h, SUMMED, D, BLOCK_D)
     PRODUCTS: tl.constexpr = 1 if q.dtype.element_ty == tl.float32 else (2 if SUMMED == 1 else 3)
 
-    p_c = c + ((base + sink).to(tl.int64) * HKV + head // (HR // HKV)) * D
+    c += ((base + sink).to(tl.int64) * HKV + head // (HR // HKV)) * D
     stop = own - local
     longest = tl.max(stop, 0)
     i_w = tl.arange(0, WIDTH)
@@ -180,7 +155,7 @@ def gate_kernel(
     for done in range(0, picks, WIDTH):
         top = tl.zeros([BLOCK_M, WIDTH], tl.int64) + (i_w.to(tl.int64) + NO_KEY)[None, :]
         until = tl.where(done < longest - sink, longest, 0)
-        top = best_keys(top, b_q, p_q, m_t, p_c, sink, stop, until, below, stride_h, HKV * D, PRODUCTS,
+        top = best_keys(top, b_q, q, o_q, m_t, c, sink, stop, until, below, q_h, HKV * D, PRODUCTS,
                         SUMMED, D, BLOCK_D, BLOCK_N, DEPTH)  # fmt: skip
         below = tl.min(top, 1)
         top = tl.sort(top, dim=1, descending=True)
@@ -204,11 +179,11 @@ def gate(
     scores = torch.empty_like(indices, dtype=torch.float32) if want_scores else None
     if indices.numel():
         row = _tiles(arch(q), dim, q.element_size(), hq // hr)
-        seqs, tile = geo.cu_q.numel() - 1, row["BLOCK_M"]
-        owner, first = work_items(geo.cu_q.diff(), tile, most_items(nq, seqs, tile))
+        owner, first = cut(geo.cu_q.diff(), nq, row["BLOCK_M"])
         gate_kernel[owner.numel(), hr](
             q, centroids, indices, scores, owner, first, geo.cu_q, geo.cu_blocks, geo.query_pos,
-            q.stride(0), q.stride(1), seqs, spec.block_size, nslots.sink, nslots.local, nslots.picks, nslots.total,
+            *q.stride()[:2], geo.cu_q.numel() - 1, spec.block_size,
+            nslots.sink, nslots.local, nslots.picks, nslots.total,
             CAUSAL=spec.causal, SCORES=want_scores, HR=hr, HKV=hkv, SUMMED=hq // hr, WIDTH=width(nslots.picks),
             D=dim, BLOCK_D=head_tile(dim), **row,
         )  # fmt: skip
@@ -223,28 +198,19 @@ def width(picks: int) -> int:
 def _tiles(arch: int, head_dim: int, dtype_bytes: int, summed: int) -> dict[str, int]:
     row = configs.get("moba.gate", arch, head_dim, dtype_bytes)
     if summed > 1:  # a third product needs the registers
-        row |= {"BLOCK_N": min(row["BLOCK_N"], 32), "DEPTH": min(row["DEPTH"], 32)}
+        row |= {"BLOCK_N": min(row["BLOCK_N"], 32), "DEPTH": min(row["DEPTH"], 16)}
     return row
 
 
 def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
-    signature = {"q": TYPES[dtype], "c": "*fp32", "indices": "*i32", "scores": "*fp32"}
-    signature |= dict.fromkeys(("owner", "first", "cu_q", "cu_blocks", "query_pos"), "*i32")
-    scalars = ("stride_t", "stride_h", "num_seqs", "block_size", "sink", "local", "picks", "slots")
-    signature |= dict.fromkeys(scalars, "i32")
+    """What `gate` launches, for `kernels/compile.py`."""
+    types = {"q": f"*{dtype}", "c": "*fp32", "scores": "*fp32"}
+    types |= dict.fromkeys(("indices", "owner", "first", "cu_q", "cu_blocks", "query_pos"), "*i32")
     jobs = []
     for picks, summed in ((7, 1), (32, 1), (7, 4)):
+        shape = {"CAUSAL": True, "SCORES": False, "HR": 32 // summed, "HKV": 8, "SUMMED": summed}
+        shape |= {"WIDTH": width(picks), "D": head_dim, "BLOCK_D": head_tile(head_dim)}
+        name = f"moba.gate[{'group' if summed > 1 else 'head'},{width(picks)}]"
         row = _tiles(arch, head_dim, 4 if dtype == "fp32" else 2, summed)
-        options = {name: row.pop(name) for name in ("num_warps", "num_stages")}
-        constexprs = {"CAUSAL": True, "SCORES": False, "HR": 32 // summed, "HKV": 8, "SUMMED": summed}
-        constexprs |= {"WIDTH": width(picks), "D": head_dim, "BLOCK_D": head_tile(head_dim), **row}
-        jobs.append({
-            "name": f"moba.gate[{'group' if summed > 1 else 'head'},{width(picks)}]",
-            "fn": gate_kernel,
-            "signature": signature | dict.fromkeys(constexprs, "constexpr"),
-            "constexprs": constexprs,
-            "options": options,
-            "dot": dtype != "fp32",
-            "divisible": ["stride_t", "stride_h"],
-        })  # fmt: skip
+        jobs.append(job(name, gate_kernel, types, shape, row, dot=dtype != "fp32"))
     return jobs

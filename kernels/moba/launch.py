@@ -12,8 +12,8 @@ from torch import Tensor
 from .backward import backward_stages, preprocess
 from .centroids import centroids
 from .forward import finish, gathered
+from .layout import segment
 from .spec import Geometry, Slots, Spec, geometry
-from .tiles import segment
 
 
 def select(

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..states.tiles import arch
+from ..states.tiles import arch, job
 from .spec import Geometry, Spec, cdiv
 
 NARROWEST = 128  # queries per chunk, so that short contexts do not make chunks of a handful
@@ -67,6 +67,12 @@ def place_kernel(indices, table, pairs, query_seq, query_pos, cu_blocks, nq, spa
         tl.debug_barrier()
 
 
+def segment(geo: Geometry, q_start: int, q_end: int) -> Geometry:
+    """The geometry of queries `q_start..q_end-1` alone; keys and blocks stay as they are."""
+    cu_q = geo.cu_q.clamp(q_start, q_end) - q_start
+    return geo._replace(cu_q=cu_q, query_seq=geo.query_seq[q_start:q_end], query_pos=geo.query_pos[q_start:q_end])
+
+
 def layout(indices: Tensor, geo: Geometry, spec: Spec, hkv: int, q_start: int, q_end: int) -> tuple[Tensor, Tensor]:
     """Sort the choices of queries `q_start..q_end-1`, own slots left out, by `key = global_block * Hkv + kv_head`.
 
@@ -95,15 +101,12 @@ def layout(indices: Tensor, geo: Geometry, spec: Spec, hkv: int, q_start: int, q
 
 
 def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
+    """What `layout` launches, for `kernels/compile.py`."""
     row = configs.get("moba.layout", arch, 256, 4)
-    options = {"num_warps": row["num_warps"], "num_stages": 1}
-    arrays = dict.fromkeys(("indices", "table", "pairs", "query_seq", "query_pos", "cu_blocks"), "*i32")
-    scalars = dict.fromkeys(("nq", "span", "slots", "block_size"), "i32")
-    jobs: list[dict] = []
-    for fn, tile in ((count_kernel, "COUNT"), (place_kernel, "PLACE")):
-        constexprs = {"CAUSAL": True, "HR": 32, "HKV": 8, tile: row[tile]}
-        signature = {name: arrays[name] for name in arrays if name in fn.arg_names} | scalars
-        signature |= dict.fromkeys(constexprs, "constexpr")
-        job = {"name": f"moba.layout[{tile.lower()}]", "fn": fn, "signature": signature, "constexprs": constexprs}
-        jobs.append(job | {"options": options, "dot": False})
-    return jobs
+    warps = row.pop("num_warps")
+    types = dict.fromkeys(("indices", "table", "pairs", "query_seq", "query_pos", "cu_blocks"), "*i32")
+    shape = {"CAUSAL": True, "HR": 32, "HKV": 8}
+    return [
+        job(f"moba.layout[{tile.lower()}]", fn, types, shape, {tile: row[tile], "num_warps": warps}, dot=False)
+        for fn, tile in ((count_kernel, "COUNT"), (place_kernel, "PLACE"))
+    ]

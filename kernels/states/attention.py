@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from .tiles import LN2, LOG2E, arch, cut, head_tile, job, load_rows, precision, store_rows, tile_bound, tile_rows
+from .tiles import LN2, LOG2E, arch, cut, dot_rows, head_tile, job, load_rows, precision, store_rows, tile_rows
 
 
 @triton.jit
@@ -28,15 +28,16 @@ def softmax_step(b_acc, b_m, b_l, b_s, b_v, scale, MASK: tl.constexpr, PRECISION
 
 @triton.jit
 def _sweep(
-    b_acc, b_m, b_l, b_q, k, v, k_t, v_t, begin, end, b_pos, len_k, window, scale,
+    b_acc, b_m, b_l, b_q, q, o_q, m_row, k, v, k_t, v_t, begin, end, b_pos, len_k, window, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.arange(0, BLOCK_N)
     for n0 in tl.range(begin, end, BLOCK_N):
         valid = n0 + o_n < len_k
-        b_k = load_rows(k + n0 * k_t.to(tl.int64), o_n * k_t, valid, D, BLOCK_D, MASK)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        p_k = k + n0 * k_t.to(tl.int64)
+        b_k = load_rows(p_k, o_n * k_t, valid, D, BLOCK_D, MASK)
+        b_s = dot_rows(b_q, b_k, q, o_q, m_row, p_k, o_n * k_t, valid, D, PRECISION)
         if MASK:
             seen = valid[None, :]
             if CAUSAL:
@@ -84,7 +85,8 @@ def forward_kernel(
     o_i, o_h, m_row = tile_rows(row, i_h, len_q, HEADS, BLOCK_M)
     b_pos = o_i + len_k - len_q
 
-    b_q = load_rows(q, (start_q + o_i) * q_t + o_h * q_h, m_row, D, BLOCK_D, True)
+    o_q = (start_q + o_i) * q_t + o_h * q_h
+    b_q = load_rows(q, o_q, m_row, D, BLOCK_D, True)
     k += start_k * k_t + i_h * k_h
     v += start_k * v_t + i_h * v_h
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -96,15 +98,15 @@ def forward_kernel(
     begin, inner, outer, end = key_range(first_pos, last_pos, len_k, window, BLOCK_N, CAUSAL, WINDOW)
     if WINDOW:
         b_acc, b_m, b_l = _sweep(
-            b_acc, b_m, b_l, b_q, k, v, k_t, v_t, begin, inner, b_pos, len_k, window, scale,
+            b_acc, b_m, b_l, b_q, q, o_q, m_row, k, v, k_t, v_t, begin, inner, b_pos, len_k, window, scale,
             D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, True, PRECISION,
         )  # fmt: skip
     b_acc, b_m, b_l = _sweep(
-        b_acc, b_m, b_l, b_q, k, v, k_t, v_t, inner, outer, b_pos, len_k, window, scale,
+        b_acc, b_m, b_l, b_q, q, o_q, m_row, k, v, k_t, v_t, inner, outer, b_pos, len_k, window, scale,
         D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, False, PRECISION,
     )  # fmt: skip
     b_acc, b_m, b_l = _sweep(
-        b_acc, b_m, b_l, b_q, k, v, k_t, v_t, outer, end, b_pos, len_k, window, scale,
+        b_acc, b_m, b_l, b_q, q, o_q, m_row, k, v, k_t, v_t, outer, end, b_pos, len_k, window, scale,
         D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, True, PRECISION,
     )  # fmt: skip
 
@@ -153,9 +155,8 @@ def attention(
         q, scale = -q, -scale
     heads = hq // kv_heads
     config = configs.get("states.forward", arch(q), d, q.element_size())
-    bound = tile_bound(nq * heads, sequences, config["BLOCK_M"])
-    owner, first = cut(cu_q.diff() * heads, config["BLOCK_M"], bound)
-    forward_kernel[(bound * kv_heads,)](
+    owner, first = cut(cu_q.diff() * heads, nq * heads, config["BLOCK_M"])
+    forward_kernel[(owner.numel() * kv_heads,)](
         q, k, v, sinks, out, lse, owner, first, cu_q, cu_k,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kv_heads, sequences, window or 0, scale,
         HEADS=heads, D=d, BLOCK_D=head_tile(d), CAUSAL=causal, WINDOW=window is not None, SINKS=sinks is not None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import configs
 from .attention import key_range
 from .gradients import delta_kernel, dkv_step, dq_step, preprocess, sink_gradient
-from .tiles import arch, cut, head_tile, job, load_lse, load_rows, precision, store_rows, tile_bound, tile_rows
+from .tiles import arch, cut, head_tile, job, load_lse, load_rows, precision, store_rows, tile_rows
 
 
 @triton.jit
@@ -198,10 +198,9 @@ def attention_backward(
 
     def launch(kernel, name: str, tile: str, lengths: Tensor, rows: int, *grads: Tensor) -> None:
         config = configs.get(name, arch(q), d, q.element_size())
-        bound = tile_bound(rows, sequences, config[tile])
-        owner, first = cut(lengths, config[tile], bound)
-        if bound:
-            kernel[(bound * kv_heads,)](
+        owner, first = cut(lengths, rows, config[tile])
+        if owner.numel():
+            kernel[(owner.numel() * kv_heads,)](
                 q, k, v, dout, lse, delta, *grads, owner, first, cu_q, cu_k, *strides, kv_heads, sequences,
                 window or 0, scale, **shape, **config,
             )  # fmt: skip

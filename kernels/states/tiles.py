@@ -1,4 +1,4 @@
-"""What the Triton attention kernels share: cutting lists of rows into tiles, and moving rows in and out.
+"""What the Triton kernels share: cutting lists of rows into tiles, moving rows in and out, products of rows.
 
 The rows of a tile are (token, head) pairs: row `r` of a list is token `r // HEADS` and head `r % HEADS`, so that the
 query heads of one KV head share every key they read and short sequences still fill a tile.
@@ -11,23 +11,23 @@ from torch import Tensor
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+PART: tl.constexpr = tl.constexpr(16)  # elements of a row that `dot_rows` splits at a time
 
 
 def cdiv(a, b):
     return (a + b - 1) // b
 
 
-def tile_bound(rows: int, lists: int, tile: int) -> int:
-    """The most tiles that `lists` lists of `rows` rows together can need; known from shapes alone."""
-    return rows // tile + min(rows, lists)
+def cut(counts: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Cut lists of `counts` rows, no more than `rows` together, in tiles of `tile` without asking the device.
 
-
-def cut(counts: Tensor, tile: int, bound: int) -> tuple[Tensor, Tensor]:
-    """Cut lists of `counts` rows in tiles: the list of each (`counts.numel()` past the last), a list's first tile."""
-    first = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
-    first[1:] = torch.cumsum(cdiv(counts, tile), 0)
-    tiles = torch.arange(bound, dtype=torch.int32, device=counts.device)
-    return torch.bucketize(tiles, first[1:], right=True, out_int32=True), first
+    Returns int32 `owner`, each tile's list, as many as `rows` rows can need and `len(counts)` past the last in use; and
+    `first [n + 1]`, each list's first tile: tile `i` is number `i - first[owner[i]]` of its list.
+    """
+    first = counts.new_zeros(counts.numel() + 1, dtype=torch.int32)
+    torch.cumsum(cdiv(counts, tile), 0, dtype=torch.int32, out=first[1:])
+    tiles = torch.arange(min(rows // tile + counts.numel(), rows), dtype=torch.int32, device=counts.device)
+    return torch.searchsorted(first[1:], tiles, right=True, out_int32=True), first
 
 
 def arch(x: Tensor) -> int:
@@ -43,7 +43,7 @@ def head_tile(head_dim: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 products go through three tf32 ones, which keep float32's accuracy on tensor cores."""
+    """float32 products go through three tf32 ones, as accurate as float32's rounding and on tensor cores."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
@@ -67,6 +67,27 @@ def load_rows(base, offset, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK:
     else:
         b_x = tl.load(p_x)
     return b_x
+
+
+@triton.jit
+def dot_rows(b_x, b_y, x, o_x, m_x, y, o_y, m_y, D: tl.constexpr, PRECISION: tl.constexpr):
+    """`b_x @ b_y.T` of loaded rows, `b_x` those at `x + o_x` and `b_y` those at `y + o_y`.
+
+    tf32x3 splits each operand in two, and registers do not hold both halves of whole rows: it reads the rows again, a
+    part at a time.
+    """
+    if PRECISION == "tf32x3":
+        o_d = tl.arange(0, PART)
+        p_x, p_y = x + o_x[:, None] + o_d[None, :], y + o_y[:, None] + o_d[None, :]
+        b_s = tl.zeros([o_x.shape[0], o_y.shape[0]], tl.float32)
+        for d in tl.range(0, D, PART):
+            m_d = (d + o_d < D)[None, :]
+            b_xd = tl.load(p_x + d, mask=m_x[:, None] & m_d, other=0.0)
+            b_yd = tl.load(p_y + d, mask=m_y[:, None] & m_d, other=0.0)
+            b_s = tl.dot(b_xd, tl.trans(b_yd), b_s, input_precision=PRECISION)
+    else:
+        b_s = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+    return b_s
 
 
 @triton.jit
