@@ -5,19 +5,26 @@ from .moba import MoBASelection, moba_attention, moba_select
 from .moba_cache import MoBACache
 from .moba_decoding import moba_decode
 from .moba_tools import KeyConv, MoBADiagnostics
+from .retroinfer import ErrorBound, wave_attention
 from .states import full_attention, merge_states
+from .wave_config import WaveConfig
+from .wave_index import WaveIndex
 
 __all__ = [
     "BackendError",
+    "ErrorBound",
     "Explanation",
     "KeyConv",
     "MoBACache",
     "MoBADiagnostics",
     "MoBASelection",
+    "WaveConfig",
+    "WaveIndex",
     "explain",
     "full_attention",
     "merge_states",
     "moba_attention",
     "moba_decode",
     "moba_select",
+    "wave_attention",
 ]

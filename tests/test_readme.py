@@ -14,14 +14,15 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 
 @pytest.mark.parametrize("code", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
 @pytest.mark.filterwarnings("ignore")
-def test_code_blocks_run(code):
+def test_code_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if "transformers" in code:
         pytest.importorskip("transformers")
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_there_are_code_blocks():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_measured_parts_are_the_records():

@@ -1,0 +1,108 @@
+"""The reference of RetroInfer on the tensors of a `WaveIndex`: row by row, from the tokens and their grouping alone."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels.retroinfer.spec import Attended, Plan, Query, Spec, Store, places
+from .reference import retroinfer as reference
+
+
+class Row(NamedTuple):
+    """A row in token order."""
+
+    k: Tensor  # [t, G, D]
+    v: Tensor  # [t, G, D]
+    labels: Tensor  # [G, indexed] int64, slot of each indexed token
+
+
+def options(spec: Spec) -> reference.Options:
+    return reference.Options(
+        spec.sink, spec.local, spec.segment, spec.tokens_per_cluster, spec.iterations,
+        "global" if spec.global_pass else "segment", spec.max_cluster or None, spec.update_every,
+    )  # fmt: skip
+
+
+def kmeans(k: Tensor, plan: Plan, spec: Spec) -> Tensor:
+    """The slot within the call of each token of the source `k [n, G, D]`, `[G, n]` int32; -1 outside the plan."""
+    labels = torch.full((k.shape[1], k.shape[0]), -1, dtype=torch.int32, device=k.device)
+    for _, start, end in plan.ranges:
+        for g in range(k.shape[1]):
+            labels[g, start:end] = reference.segmented_kmeans(k[start:end, g], options(spec))[0]
+    return labels
+
+
+def steady_positions(length: int, indexed: int, spec: Spec, device: torch.device) -> Tensor:
+    """Positions, ascending, of a row's tokens that are not indexed."""
+    t = torch.arange(length, device=device)
+    return t[(t < spec.sink) | (t >= spec.sink + indexed)]
+
+
+def token_order(store: Store, row: int, length: int, indexed: int, spec: Spec) -> Row:
+    heads = torch.arange(store.k.shape[1], device=store.k.device)[:, None]
+    tokens = store.tokens[row, :, :indexed].long()
+    kept = steady_positions(length, indexed, spec, store.k.device)
+    at = places(kept, spec)
+
+    def whole(clustered: Tensor, steady: Tensor) -> Tensor:
+        x = clustered.new_zeros(length, clustered.shape[1], clustered.shape[3])
+        x[tokens, heads] = clustered[row, :, :indexed]
+        x[kept] = steady[row, :, at].transpose(0, 1)
+        return x
+
+    labels = torch.zeros_like(tokens)
+    slots = torch.arange(store.offsets.shape[2] - 1, device=store.k.device)
+    for g, sizes in enumerate(store.sizes[row].long()):
+        labels[g, tokens[g] - spec.sink] = slots.repeat_interleave(sizes)
+    return Row(whole(store.k, store.k_steady), whole(store.v, store.v_steady), labels)
+
+
+def regrouped(row: Row, clusters: int, spec: Spec) -> reference.Index:
+    """The meta index that the row's grouping implies, from its tokens in the accumulation dtype."""
+    kept = reference.empty_index(row.k).centroids.new_zeros(clusters, row.k.shape[2])
+    part = slice(spec.sink, spec.sink + row.labels.shape[1])
+    heads = [reference.summarise(row.k[part, g], row.v[part, g], labels, kept) for g, labels in enumerate(row.labels)]
+    return reference.Index(row.labels, *(torch.stack(x) for x in zip(*heads, strict=True)))
+
+
+def counts(store: Store) -> list[list[int]]:
+    """Tokens, indexed ones, clusters and the two budgets of each row."""
+    return torch.stack([store.lengths, store.indexed, store.clusters, *store.budgets.unbind(1)], 1).tolist()
+
+
+def attend(q: Tensor, store: Store, query: Query, spec: Spec) -> Attended:
+    """Each row by the reference. The stored centroids, value means and radii stay unread, so they are tested too."""
+    out, acc = torch.zeros_like(q), torch.promote_types(q.dtype, torch.float32)
+    lse, lower, upper = (torch.zeros(q.shape[:2], dtype=acc, device=q.device) for _ in range(3))
+    lse += -torch.inf
+    chosen = torch.full((*store.k.shape[:2], query.k_slots), -1, dtype=torch.int32, device=q.device)
+    for b, (length, indexed, clusters, k, e) in enumerate(counts(store)):
+        if length == 0:
+            continue
+        row = token_order(store, b, length, indexed, spec)
+        found = reference.wave_attention(
+            q[b], row.k, row.v, regrouped(row, clusters, spec), options(spec), scale=query.scale,
+            retrieval_ratio=k / max(clusters, 1), estimation_ratio=e / max(clusters, 1), estimation=query.estimation,
+            group_reduce=query.reduce, weight_by_size=query.weight_by_size, max_error=query.max_error or None,
+        )  # fmt: skip
+        out[b], lse[b], lower[b], upper[b] = found.out, found.lse, found.lower, found.upper
+        for g, mask in enumerate(found.retrieved):
+            slots = mask.nonzero()[:, 0]
+            chosen[b, g, : len(slots)] = slots
+    return Attended(out, lse, chosen, lower if query.bounds else None, upper if query.bounds else None)
+
+
+def select(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, budget: float) -> tuple[Tensor, Tensor]:
+    """Each row by the reference's selectors, as `attend`."""
+    out, acc = torch.zeros_like(q), torch.promote_types(q.dtype, torch.float32)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
+    for b, (length, indexed, clusters, _, e) in enumerate(counts(store)):
+        if length:
+            row = token_order(store, b, length, indexed, spec)
+            out[b], lse[b], _ = reference.select_attention(
+                q[b], row.k, row.v, regrouped(row, clusters, spec), options(spec), selector=selector, budget=budget,
+                scale=query.scale, estimation_ratio=e / max(clusters, 1), estimation=query.estimation,
+                group_reduce=query.reduce,
+            )  # fmt: skip
+    return out, lse

@@ -1,0 +1,93 @@
+"""What a row would give if other units of it were read, at one token budget: masks over all scores, to compare quality.
+
+A unit is a token (`oracle`), a page of consecutive tokens (`quest`) or a cluster (`cluster`, `wave`).
+"""
+
+import torch
+from torch import Tensor
+
+from .spec import Query, Spec, Store, cdiv, steady
+
+PAGE = 16  # indexed tokens of a page; the last one may have fewer
+
+
+def attend(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, budget: float) -> tuple[Tensor, Tensor]:
+    """`out [B, Hq, D]` and `lse [B, Hq]` over the steady zone and a share `budget` of each row's tokens.
+
+    Units are taken whole, in the order of their scores, up to the first that does not fit, and one at least. `wave`
+    estimates the next clusters as well, as many as `store.budgets` say; `full` reads everything.
+    """
+    dtype, heads, device = q.dtype, store.k.shape[1], q.device
+    q = (q.to(torch.promote_types(dtype, torch.float32)) * query.scale).unflatten(1, (heads, -1))  # [B, G, r, D]
+    live = (torch.arange(store.k.shape[2], device=device) < store.indexed[:, None, None]).expand(-1, heads, -1)
+    sizes = store.sizes
+    members, clusters = _scores(q, store.k, live), _scores(q, store.centroids, sizes > 0)
+    logits, read, estimated = members, live, torch.zeros_like(sizes, dtype=torch.bool)
+    if selector != "full":
+        unit, size, logits = _units(q, store, spec, selector, members, clusters)
+        order = _order(logits, size > 0, query.reduce)
+        room = (budget * store.lengths.double() + 0.5).floor().clamp(min=1)[:, None, None]
+        count = (size.gather(2, order).cumsum(2) <= room).sum(2, keepdim=True).clamp(min=1)
+        place = torch.empty_like(order)
+        place.scatter_(2, order, torch.arange(order.shape[2], device=device).expand_as(order))
+        read = (place < count).gather(2, unit) & live
+        if selector == "wave":
+            more = store.budgets[:, 1, None, None]
+            estimated = (place >= count) & (place < count + more) & (sizes > 0)
+    held = steady(store.lengths, store.indexed, spec)[:, None].expand(-1, heads, -1)
+    bias = sizes.to(q.dtype).clamp(min=1).log()[:, :, None]
+    out, lse = _softmax(
+        torch.cat([_scores(q, store.k_steady, held), _masked(members, read), _masked(clusters + bias, estimated)], 3),
+        torch.cat([held, read, estimated], 2),
+        torch.cat([store.v_steady, store.v, store.value_means], 2),
+    )
+    trace = torch.where(store.indexed[:, None, None] > 0, logits.logsumexp(-1) * 0, 0)  # NaN of any unit shows
+    return (out + trace[..., None]).flatten(1, 2).to(dtype), (lse + trace).flatten(1, 2)
+
+
+def _units(
+    q: Tensor, store: Store, spec: Spec, selector: str, members: Tensor, clusters: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The unit of each member `[B, G, N]`, the units' sizes `[B, G, U]` and logits `[B, G, r, U]`."""
+    batch, heads, places = store.tokens.shape
+    if selector in ("cluster", "wave"):
+        at = torch.arange(places, dtype=torch.int32, device=q.device).expand(batch, heads, -1).contiguous()
+        ends = store.offsets[:, :, 1:].contiguous()
+        unit = torch.searchsorted(ends, at, right=True).clamp(max=max(ends.shape[2] - 1, 0))
+        return unit, store.sizes, clusters
+    # Members by position; unused places come behind them.
+    live = torch.arange(places, device=q.device) < store.indexed[:, None, None]
+    token = torch.where(live, store.tokens.long() - spec.sink, torch.arange(places, device=q.device))
+    if selector == "oracle":
+        logits = torch.full_like(members, -torch.inf).scatter(3, token[:, :, None].expand_as(members), members)
+        return token, live.int().expand(-1, heads, -1), logits
+    count = cdiv(places, PAGE)
+    keys = torch.zeros(batch, heads, count * PAGE, q.shape[3], dtype=q.dtype, device=q.device)
+    keys = keys.scatter(2, token[..., None].expand_as(store.k), store.k.to(q.dtype)).unflatten(2, (count, PAGE))
+    used = (torch.arange(count * PAGE, device=q.device) < store.indexed[:, None]).view(batch, 1, count, PAGE, 1)
+    low, high = (keys.masked_fill(~used, end).aminmax(dim=3)[i] for i, end in enumerate((torch.inf, -torch.inf)))
+    size = used.sum((3, 4)).expand(-1, heads, -1)
+    low, high = (x.masked_fill((size == 0)[..., None], 0).transpose(2, 3) for x in (low, high))
+    return token // PAGE, size, _masked(q.clamp(min=0) @ high + q.clamp(max=0) @ low, size > 0)
+
+
+def _scores(q: Tensor, keys: Tensor, present: Tensor) -> Tensor:
+    return _masked(q @ keys.to(q.dtype).transpose(2, 3), present)
+
+
+def _masked(logits: Tensor, present: Tensor) -> Tensor:
+    return logits.masked_fill(~present[:, :, None], -torch.inf)
+
+
+def _order(logits: Tensor, present: Tensor, reduce: str) -> Tensor:
+    """Units by falling score, `[B, G, U]`: NaN first, ties to the lowest, absent ones last. A mean ranks as a sum."""
+    shares = logits.log_softmax(-1)
+    scores = shares.amax(2) if reduce == "max" else shares.logsumexp(2)
+    return scores.masked_fill(~present, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+
+
+def _softmax(logits: Tensor, seen: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention `[B, G, r, D]` and its lse; values nobody sees may be anything."""
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    return weights @ values.masked_fill(~seen[..., None], 0).to(logits.dtype), lse

@@ -1,0 +1,501 @@
+"""`WaveIndex` and `wave_attention`: growth in any pieces, files, errors, registration with torch."""
+
+import builtins
+import json
+import os
+import struct
+
+import pytest
+import torch
+
+import attnlab
+from attnlab import WaveConfig, WaveIndex, wave_attention, wave_file, wave_reference
+from attnlab.kernels.retroinfer.spec import part, slot_capacity
+from attnlab.reference import retroinfer as reference
+from attnlab.testing import assert_accurate, gaussian, plain_attention
+
+CONFIG = WaveConfig(sink=2, local=5, segment=40, tokens_per_cluster=4, iterations=4, update_every=12)
+RATIOS = dict(retrieval_ratio=0.3, estimation_ratio=0.4)
+BACKENDS = ["portable", "reference"]
+CLOSE = dict(rtol=1e-10, atol=1e-10)
+Q, K, V = gaussian(3, 1, 131, 4, 2, 8, dtype=torch.float64)
+
+
+def built(k=K, v=V, config=CONFIG, **options):
+    return WaveIndex.build(k, v, config, **options)
+
+
+def pieces(k, v, sizes, config=CONFIG, **options):
+    """An index that takes `k, v` in parts of these sizes."""
+    first, *others = zip(k.split(sizes, 1), v.split(sizes, 1), strict=True)
+    index = WaveIndex.build(*first, config, capacity=k.shape[1], **options)
+    for piece in others:
+        index.append(*piece)
+    return index
+
+
+def grown(k, v, sizes, config=CONFIG):
+    """The reference's index of one row that came in parts of these sizes."""
+    at, options = sizes[0], wave_reference.options(config.spec)
+    index = reference.build_index(k[:at], v[:at], options)
+    for n in sizes[1:]:
+        at += n
+        index = reference.extend_index(index, k[:at], v[:at], options)
+    return index
+
+
+def held(index, row):
+    store, n, c = index.store, index.indexed[row], index.clusters[row]
+    ends = dict(centroids=c, value_means=c, radius=c, offsets=c + 1, tokens=n, k=n, v=n)
+    return {name: getattr(store, name)[row][:, :end] for name, end in ends.items()}
+
+
+def assert_same(one, other):
+    """Two indexes hold the same, bit for bit."""
+    assert (one.lengths, one.indexed, one.clusters) == (other.lengths, other.indexed, other.clusters)
+    for b, (length, indexed) in enumerate(zip(one.lengths, one.indexed, strict=True)):
+        x, y = held(one, b), held(other, b)
+        assert all(torch.equal(x[name], y[name]) for name in x)
+        rows = [wave_reference.token_order(i.store, b, length, indexed, i.config.spec) for i in (one, other)]
+        assert all(torch.equal(a, c) for a, c in zip(*rows, strict=True))
+    for name in ("lengths", "indexed", "clusters", "budgets"):
+        assert torch.equal(getattr(one.store, name), getattr(other.store, name))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [[131], [70, 61], [100] + [1] * 31, [3, 3, 1, 50, 30, 1, 1, 42], [90, 11, 1, 29]])
+def test_any_pieces_hold_what_the_reference_holds(sizes, backend):
+    index = pieces(K, V, sizes, backend=backend)
+    for b in range(3):
+        want = grown(K[b], V[b], sizes)
+        assert (index.lengths[b], index.indexed[b], index.clusters[b]) == (131, want.indexed, want.sizes.shape[1])
+        row = wave_reference.token_order(index.store, b, 131, want.indexed, CONFIG.spec)
+        assert torch.equal(row.k, K[b]) and torch.equal(row.v, V[b]) and torch.equal(row.labels, want.labels)
+        assert torch.equal(held(index, b)["offsets"].diff(), want.sizes)
+        live = want.sizes > 0
+        found = (index.store.centroids, index.store.value_sums, index.store.radius)
+        for x, y in zip(found, (want.centroids, want.value_sums, want.radius), strict=True):
+            torch.testing.assert_close(x[b, :, : want.sizes.shape[1]][live], y[live], **CLOSE)
+        assert (index.store.offsets[b, :, index.clusters[b] :] == want.indexed).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(estimation="all", group_reduce="max"),
+        dict(estimation="none", weight_by_size=True, group_reduce="mean"),
+        dict(budget="adaptive", max_error=0.3),
+        dict(max_cluster=5, final_pass="global"),
+    ],
+    ids=str,
+)
+def test_attention_of_ragged_rows_is_the_references(change, backend):
+    config, sizes = WaveConfig(**CONFIG.__dict__ | RATIOS | change), [131, 60, 5]
+    index = built(config=config, lengths=sizes)
+    out, lse, bound = wave_attention(Q, index, return_lse=True, return_error_bound=True, backend=backend)
+    for b, n in enumerate(sizes):
+        k, v, options = K[b, :n], V[b, :n], wave_reference.options(config.spec)
+        want = reference.wave_attention(
+            Q[b, 0], k, v, reference.build_index(k, v, options), options, **RATIOS, estimation=config.estimation,
+            group_reduce=config.group_reduce, weight_by_size=config.weight_by_size,
+            max_error=config.max_error if config.budget == "adaptive" else None,
+        )  # fmt: skip
+        for x, y in zip((out, lse, *bound), (want.out, want.lse, want.lower, want.upper), strict=True):
+            torch.testing.assert_close(x[b, 0], y, **CLOSE)
+    assert (index.indexed[2], bound.upper[2].max()) == (0, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ratios_of_a_call_stand_in_for_the_configured_ones(backend):
+    index = built()
+    dense, lse = attnlab.full_attention(Q, K, V, return_lse=True)
+    everything = wave_attention(Q, index, retrieval_ratio=1, return_lse=True, return_error_bound=True, backend=backend)
+    torch.testing.assert_close(everything[:2], (dense, lse), **CLOSE)
+    assert (everything[2].lower == 0).all() and (everything[2].upper == 0).all()
+    configured = built(config=WaveConfig(**CONFIG.__dict__ | RATIOS))
+    want = wave_attention(Q, configured, backend=backend)
+    assert torch.equal(wave_attention(Q, index, backend=backend, **RATIOS), want)
+    assert not torch.allclose(wave_attention(Q, index, backend=backend), want)
+    none, _ = wave_attention(Q, index, retrieval_ratio=0, estimation="none", return_lse=True, backend=backend)
+    steady = torch.cat([torch.arange(2), torch.arange(126, 131)])
+    torch.testing.assert_close(none, attnlab.full_attention(Q, K[:, steady], V[:, steady], causal=False), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+@pytest.mark.parametrize("selector", ["wave", "full", "oracle", "quest", "cluster"])
+def test_selectors_read_what_the_references_do(selector, reduce, dtype):
+    config = WaveConfig(**CONFIG.__dict__ | RATIOS | dict(group_reduce=reduce, tokens_per_cluster=3))
+    q, k, v = (x.to(dtype) for x in (Q, K, V))
+    index = built(k, v, config, lengths=[104, 60, 3])
+    index.append(k[:, :25], v[:, :25], [25, 4, 3])
+    tolerance = CLOSE if dtype is torch.float64 else dict(rtol=5e-3, atol=5e-3)
+    for budget in (0.001, 0.1, 0.35, 1):
+        for change in ({}, dict(estimation="all"), dict(scale=-0.7)):
+            options = dict(selector=selector, token_budget=budget, return_lse=True, **change)
+            found, want = (wave_attention(q, index, backend=backend, **options) for backend in BACKENDS)
+            torch.testing.assert_close(found, want, **tolerance)
+    dense = wave_attention(q, index, retrieval_ratio=1, return_lse=True, scale=-0.7, backend="reference")
+    torch.testing.assert_close(found, dense, **tolerance)
+
+
+@pytest.mark.parametrize("selector", ["wave", "oracle", "quest", "cluster"])
+def test_not_finite_values_show_where_the_references_do(selector):
+    options = dict(selector=selector, token_budget=0.1, return_lse=True)
+    for change in (dict(k=torch.nan), dict(k=torch.inf), dict(v=torch.nan)):
+        x = dict(k=K.clone(), v=V.clone())
+        for name, value in change.items():
+            x[name][:, 50:60, 0] = value
+        index = built(**x)
+        found, want = (wave_attention(Q, index, backend=backend, **options) for backend in BACKENDS)
+        torch.testing.assert_close(found, want, equal_nan=True, **CLOSE)
+        assert found[0][:, :, :2].isnan().any() or "v" in change
+        assert found[0][:, :, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("selector", ["wave", "oracle", "quest", "cluster"])
+def test_ties_go_to_the_lowest_unit(selector):
+    k = torch.eye(8, dtype=torch.float64)[torch.arange(131) % 4][None, :, None].expand(3, -1, 2, -1)
+    index, q = built(k, V), Q.round()
+    options = dict(selector=selector, token_budget=0.25, scale=1.0)
+    found, want = (wave_attention(q, index, backend=backend, **options) for backend in BACKENDS)
+    torch.testing.assert_close(found, want, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [dict(retrieval_ratio=1), dict(selector="full")], ids=str)
+def test_everything_read_is_full_attention_in_any_dtype(options, dtype):
+    q, k, v = (x.to(dtype) for x in (Q, K, V))
+    truth = attnlab.full_attention(q.double(), k.double(), v.double(), backend="reference")
+    plain, _ = plain_attention(q, k, v, torch.ones(1, 1, 1, 131, dtype=torch.bool))
+    assert_accurate(wave_attention(q, pieces(k, v, [60, 71]), **options), truth, plain)
+
+
+def test_budgets_follow_the_clusters():
+    index = built(config=WaveConfig(**CONFIG.__dict__ | RATIOS), lengths=[131, 60, 5])
+    for counts in ([31, 14, 0], [31, 24, 0]):
+        assert list(index.clusters) == counts
+        for estimation, e in (("ratio", [part(0.4, n) for n in counts]), ("none", [0, 0, 0])):
+            want = [[part(0.3, n), e] for n, e in zip(counts, e, strict=True)]
+            assert index.budgets(0.3, 0.4, estimation).tolist() == want
+            assert estimation == "none" or index.store.budgets.tolist() == want
+        index.append(K[:, :39], V[:, :39], [0, 39, 11])  # the last row's still wait
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_grow_by_their_own_lengths(backend):
+    """Rows that take turns end as if each had been alone."""
+    index = WaveIndex(3, 131, 2, 8, CONFIG, dtype=torch.float64, backend=backend)
+    steps = [[50, 3, 0], [1, 1, 1], [0, 30, 4], [20, 7, 60], [0, 0, 30], [1, 1, 1]]
+    at = [0, 0, 0]
+    for counts in steps:
+        k, v = (torch.stack([x[b].roll(-a, 0)[: max(counts)] for b, a in enumerate(at)]) for x in (K, V))
+        index.append(k, v, torch.tensor(counts))
+        at = [a + n for a, n in zip(at, counts, strict=True)]
+    assert index.lengths == tuple(at)
+    out, lse = wave_attention(Q, index, return_lse=True, **RATIOS)
+    for b, n in enumerate(at):
+        sizes = [s[b] for s in steps if s[b]]
+        alone = pieces(K[b : b + 1, :n], V[b : b + 1, :n], sizes, backend=backend)
+        assert (index.indexed[b], index.clusters[b]) == (alone.indexed[0], alone.clusters[0])
+        one = wave_attention(Q[b : b + 1], alone, return_lse=True, **RATIOS)
+        torch.testing.assert_close((out[b : b + 1], lse[b : b + 1]), one, **CLOSE)
+        row = wave_reference.token_order(index.store, b, n, index.indexed[b], CONFIG.spec)
+        assert torch.equal(row.k, K[b, :n]) and torch.equal(row.v, V[b, :n])
+
+
+def test_left_padding_is_skipped():
+    starts, n = [0, 31, 100], 131
+    k, v = (x.clone() for x in (K, V))
+    for b, s in enumerate(starts):
+        k[b, :s] = v[b, :s] = torch.nan
+    rows = [built(k[b : b + 1, s:], v[b : b + 1, s:]) for b, s in enumerate(starts)]
+    index = built(k, v, starts=starts)
+    assert index.lengths == tuple(n - s for s in starts)
+    for b, row in enumerate(rows):
+        found, want = held(index, b), held(row, 0)
+        assert all(torch.equal(found[name], want[name]) for name in want)
+    want = torch.cat([wave_attention(Q[b : b + 1], row) for b, row in enumerate(rows)])
+    torch.testing.assert_close(wave_attention(Q, index), want, **CLOSE)
+    both = built(k, v, starts=starts, lengths=[20, 90, 31])
+    assert both.lengths == (20, 90, 31)
+    assert torch.equal(held(both, 1)["tokens"], held(built(k[1:2, 31:121], v[1:2, 31:121]), 0)["tokens"])
+
+
+def test_reset_and_reuse_is_a_fresh_index():
+    index = pieces(K, V, [60, 71])
+    addresses = [x.data_ptr() for x in index.store]
+    index.reset()
+    assert index.lengths == index.indexed == index.clusters == (0, 0, 0) and index.meta_bytes == index.kv_bytes == 0
+    out, lse = wave_attention(Q, index, return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    fresh = WaveIndex.build(V[:, :100], K[:, :100], CONFIG, capacity=131)
+    index.append(V[:, :100], K[:, :100])
+    for i in (index, fresh):
+        i.append(V[:, 100:], K[:, 100:])
+    assert_same(index, fresh)
+    assert torch.equal(wave_attention(Q, index), wave_attention(Q, fresh))
+    assert [x.data_ptr() for x in index.store] == addresses
+    assert index.budgets(0.018, 0.232, "ratio") is index.store.budgets
+
+
+def test_over_capacity_changes_nothing():
+    index, twin = (built(K[:, :100], V[:, :100], capacity=120) for _ in range(2))
+    for tokens, lengths in ((21, None), (31, [0, 21, 3])):
+        with pytest.raises(ValueError, match=r"WaveIndex.append: row \d holds 100 tokens, 21 more .* capacity=120"):
+            index.append(K[:, 100 : 100 + tokens], V[:, 100 : 100 + tokens], lengths)
+        assert_same(index, twin)
+    index.append(K[:, 100:120], V[:, 100:120])
+    with pytest.raises(ValueError, match="row 0 holds 120 tokens, 1 more pass the index's capacity=120"):
+        index.append(K[:, 120:121], V[:, 120:121])
+    with pytest.raises(ValueError, match=r"WaveIndex.build: row 0 holds 0 tokens, 131 more .* capacity=130"):
+        built(capacity=130)
+
+
+def test_slots_are_enough_for_the_worst_pieces():
+    config = WaveConfig(sink=0, local=0, segment=4, tokens_per_cluster=4, iterations=1, update_every=4, max_cluster=4)
+    index = pieces(K, V, [5, 5, 5, 5, 5, 5, 5, 5, 91], config)
+    assert index.indexed == (131,) * 3 and max(index.clusters) <= slot_capacity(131, config.spec)
+
+
+def test_bytes():
+    index = WaveIndex.build(*(torch.randn(2, 1000, 3, 64) for _ in "kv"), capacity=5000)
+    assert index.clusters == (59, 59) and index.kv_bytes == 2 * 1000 * 3 * 2 * 64 * 4
+    assert index.meta_bytes == 2 * 59 * 3 * (2 * 64 * 4 + 8)
+    assert "lengths=[1000, 1000]" in repr(index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_saved_index_goes_on_as_it_would_have(dtype, tmp_path):
+    k, v, q = (x.to(dtype) for x in (K, V, Q))
+    index = built(k, v, lengths=[80, 50, 4], capacity=131)
+    index.append(k[:, 80:90], v[:, 80:90], [10, 4, 0])
+    index.save(tmp_path / "one")
+    again = WaveIndex.load(tmp_path / "one", capacity=200)
+    assert os.listdir(tmp_path) == ["one"] and again.config == CONFIG and again.capacity == 200
+    assert WaveIndex.load(tmp_path / "one").capacity == 131
+    for tokens in (0, 20, 1, 1):
+        for i in (index, again):
+            i.append(k[:, :tokens], v[:, :tokens])
+        assert_same(index, again)
+        assert torch.equal(wave_attention(q, index), wave_attention(q, again))
+    empty = WaveIndex(1, 10, 2, 8, CONFIG)
+    empty.save(tmp_path / "none")
+    assert_same(empty, WaveIndex.load(tmp_path / "none"))
+
+
+def altered(data, how):
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    meta = header["__metadata__"]
+    if how == "version":
+        meta["version"] = "2"
+    elif how == "format":
+        del meta["format"]
+    elif how == "facts":
+        del meta["index"]
+    elif how == "config":
+        meta["index"] = meta["index"].replace('"local": 5', '"local": 6')
+    elif how == "tensors":
+        header["k"], header["v"] = header["v"], header["k"]
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d[:-1], "is truncated or no safetensors file"),
+        (lambda d: d[: len(d) // 2], "is truncated or no safetensors file"),
+        (lambda d: d[:5], "is truncated or no safetensors file"),
+        (lambda d: b"", "is truncated or no safetensors file"),
+        (lambda d: d[:-3] + bytes([d[-3] ^ 1]) + d[-2:], "was altered: its checksum does not fit"),
+        (lambda d: altered(d, "config"), "was altered: its checksum does not fit"),
+        (lambda d: altered(d, "tensors"), "was altered: its checksum does not fit"),
+        (lambda d: altered(d, "version"), "has version '2', this one reads '1'"),
+        (lambda d: altered(d, "format"), "is no saved WaveIndex"),
+        (lambda d: altered(d, "facts"), "is no saved WaveIndex"),
+    ],
+    ids=["byte short", "half", "no header", "empty", "bit", "config", "tensors", "version", "format", "facts"],
+)
+def test_a_damaged_file_is_refused(change, message, tmp_path):
+    path = tmp_path / "index"
+    built().save(path)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError) as caught:
+        WaveIndex.load(path)
+    assert str(caught.value).startswith(f"WaveIndex.load: {path} ") and message in str(caught.value)
+
+
+def test_loading_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        WaveIndex.load(tmp_path / "nothing")
+    built().save(tmp_path / "index")
+    with pytest.raises(ValueError, match="rows of 131 tokens, over capacity=100"):
+        WaveIndex.load(tmp_path / "index", capacity=100)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path, index = tmp_path / "index", built()
+    index.save(path)
+    before = path.read_bytes()
+    index.append(K[:, :1], V[:, :1])
+
+    def fail(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(wave_file, "_flush", fail)
+    with pytest.raises(OSError, match="no space left"):
+        index.save(path)
+    assert os.listdir(tmp_path) == ["index"] and path.read_bytes() == before
+
+
+def test_saving_names_the_extra(monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def without(name, *args):
+        if name.startswith("safetensors"):
+            raise ModuleNotFoundError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install attnlab\[hf\]"):
+        built().save(tmp_path / "index")
+
+
+BAD_CONFIG = [
+    (dict(segment=8), ValueError, "segment must be at least tokens_per_cluster=16, got 8"),
+    (dict(update_every=15), ValueError, "update_every must be at least tokens_per_cluster=16, got 15"),
+    (dict(max_cluster=4), ValueError, "max_cluster must be at least tokens_per_cluster=16, got 4"),
+    (dict(sink=-1), ValueError, "sink must be a non-negative int, got -1"),
+    (dict(local=1.5), ValueError, "local must be a non-negative int, got 1.5"),
+    (dict(tokens_per_cluster=0), ValueError, "tokens_per_cluster must be a positive int, got 0"),
+    (dict(iterations=0), ValueError, "iterations must be a positive int, got 0"),
+    (dict(max_cluster=True), ValueError, "max_cluster must be a positive int, got True"),
+    (dict(retrieval_ratio=1.1), ValueError, "retrieval_ratio must be in [0, 1], got 1.1"),
+    (dict(estimation_ratio=-0.1), ValueError, "estimation_ratio must be in [0, 1], got -0.1"),
+    (dict(retrieval_ratio=float("nan")), ValueError, "retrieval_ratio must be in [0, 1], got nan"),
+    (dict(retrieval_ratio="all"), TypeError, "retrieval_ratio must be a number in [0, 1], got 'all'"),
+    (dict(final_pass="all"), ValueError, "final_pass must be one of 'segment', 'global', got 'all'"),
+    (dict(estimation=None), ValueError, "estimation must be one of 'ratio', 'all', 'none', got None"),
+    (dict(group_reduce="min"), ValueError, "group_reduce must be one of 'sum', 'mean', 'max', got 'min'"),
+    (dict(budget=0.02), ValueError, "budget must be one of 'fixed', 'adaptive', got 0.02"),
+    (dict(weight_by_size=1), TypeError, "weight_by_size must be a bool, got 1"),
+    (dict(max_error=0), ValueError, "max_error must be in (0, 1), got 0"),
+    (dict(max_error=1.0), ValueError, "max_error must be in (0, 1), got 1.0"),
+]
+BIG = torch.zeros(1, 9, 2, 257)
+BAD_BUILD = [
+    (dict(k=K[0]), ValueError, "k must have shape [B, T, G, D], got [131, 2, 8]"),
+    (dict(k=K.tolist()), TypeError, "k must be a Tensor, got list"),
+    (dict(v=None), TypeError, "v must be a Tensor, got NoneType"),
+    (dict(k=K.int(), v=V.int()), TypeError, "k must be float16, bfloat16, float32 or float64, got torch.int32"),
+    (dict(v=V.float()), TypeError, "v must have k's dtype torch.float64, got torch.float32"),
+    (dict(v=V[:, :8]), ValueError, "v must have k's shape [3, 131, 2, 8], got [3, 8, 2, 8]"),
+    (dict(v=V.to("meta")), ValueError, "v must be on k's device cpu, got meta"),
+    (dict(k=BIG, v=BIG), ValueError, "head_dim must be at most 256, got 257"),
+    (dict(k=K[:, :, :0], v=V[:, :, :0]), ValueError, "kv_heads must be a positive int, got 0"),
+    (dict(config={}), TypeError, "config must be a WaveConfig, got dict"),
+    (dict(capacity=0), ValueError, "capacity must be a positive int, got 0"),
+    (dict(capacity=130), ValueError, "row 0 holds 0 tokens, 131 more pass the index's capacity=130"),
+    (dict(lengths=[1, 2]), ValueError, "lengths must be 3 ints from 0 to at most [131, 131, 131], got [1, 2]"),
+    (dict(lengths=[1, 2, 132]), ValueError, "lengths must be 3 ints from 0 to at most [131, 131, 131]"),
+    (dict(starts=[0, -1, 0]), ValueError, "starts must be 3 ints from 0 to at most [131, 131, 131], got [0, -1, 0]"),
+    (dict(starts=[0, 1, 2], lengths=[131] * 3), ValueError, "lengths must be 3 ints from 0 to at most [131, 130, 129]"),
+    (dict(backend="triton"), ValueError, "backend must be one of 'auto', 'portable', 'reference', got 'triton'"),
+]
+INDEX = built()
+BAD_APPEND = [
+    (dict(k=K[:2], v=V[:2]), ValueError, "k must have shape [3, T, 2, 8], got [2, 131, 2, 8]"),
+    (dict(k=K[..., :4], v=V[..., :4]), ValueError, "k must have shape [3, T, 2, 8], got [3, 131, 2, 4]"),
+    (dict(v=V[:, :1]), ValueError, "v must have k's shape [3, 131, 2, 8], got [3, 1, 2, 8]"),
+    (dict(k=K.half(), v=V.half()), TypeError, "k must have the index's dtype torch.float64, got torch.float16"),
+    (dict(k=K.to("meta"), v=V.to("meta")), ValueError, "k must be on the index's device cpu, got meta"),
+    (dict(lengths=[0, 0, 132]), ValueError, "lengths must be 3 ints from 0 to at most [131, 131, 131]"),
+    (dict(), ValueError, "row 0 holds 131 tokens, 131 more pass the index's capacity=143"),
+]
+BAD_QUERY = [
+    (dict(index=K), TypeError, "index must be a WaveIndex, got Tensor"),
+    (dict(q=None), TypeError, "q must be a Tensor, got NoneType"),
+    (dict(q=Q[0]), ValueError, "q must have shape [3, 1, Hq, 8], got [1, 4, 8]"),
+    (dict(q=Q[:2]), ValueError, "q must have shape [3, 1, Hq, 8], got [2, 1, 4, 8]"),
+    (dict(q=Q[..., :4]), ValueError, "q must have shape [3, 1, Hq, 8], got [3, 1, 4, 4]"),
+    (dict(q=Q.expand(3, 2, 4, 8)), ValueError, "q must have shape [3, 1, Hq, 8], got [3, 2, 4, 8]"),
+    (dict(q=Q[:, :, :3]), ValueError, "q's heads must be a multiple of the index's heads 2, got 3"),
+    (dict(q=Q[:, :, :0]), ValueError, "q's heads must be a multiple of the index's heads 2, got 0"),
+    (dict(q=Q.float()), TypeError, "q must have the index's dtype torch.float64, got torch.float32"),
+    (dict(q=Q.to("meta")), ValueError, "q must be on the index's device cpu, got meta"),
+    (dict(q=Q.clone().requires_grad_()), ValueError, "q must not require a gradient"),
+    (dict(retrieval_ratio=1.01), ValueError, "retrieval_ratio must be in [0, 1], got 1.01"),
+    (dict(estimation_ratio=-1), ValueError, "estimation_ratio must be in [0, 1], got -1"),
+    (dict(retrieval_ratio=True), TypeError, "retrieval_ratio must be a number in [0, 1], got True"),
+    (dict(estimation="some"), ValueError, "estimation must be one of 'ratio', 'all', 'none', got 'some'"),
+    (
+        dict(selector="random"),
+        ValueError,
+        "selector must be one of 'wave', 'full', 'oracle', 'quest', 'cluster', got 'r",
+    ),
+    (dict(selector="quest"), ValueError, "selector='quest' needs token_budget"),
+    (dict(token_budget=0), ValueError, "token_budget must be in (0, 1], got 0"),
+    (dict(token_budget=1.5), ValueError, "token_budget must be in (0, 1], got 1.5"),
+    (dict(token_budget="2%"), TypeError, "token_budget must be a number in (0, 1], got '2%'"),
+    (dict(token_budget=0.1, retrieval_ratio=0.1), ValueError, "retrieval_ratio needs selector='wave' and no token_bud"),
+    (dict(selector="full", return_error_bound=True), ValueError, "return_error_bound needs selector='wave' and no tok"),
+    (dict(scale="1"), TypeError, "scale must be a number or None, got str"),
+    (dict(return_lse=1), TypeError, "return_lse must be a bool, got 1"),
+    (dict(return_error_bound=None), TypeError, "return_error_bound must be a bool, got None"),
+    (dict(backend="cuda"), ValueError, "backend must be one of 'auto', 'portable', 'reference', got 'cuda'"),
+]
+CALLS = [
+    ("WaveConfig", lambda **x: WaveConfig(**x), BAD_CONFIG),
+    ("WaveIndex", lambda **x: WaveIndex.build(**dict(k=K, v=V, config=CONFIG) | x), BAD_BUILD),
+    ("WaveIndex.append", lambda **x: INDEX.append(**dict(k=K, v=V) | x), BAD_APPEND),
+    ("wave_attention", lambda **x: wave_attention(**dict(q=Q, index=INDEX) | x), BAD_QUERY),
+]
+
+
+@pytest.mark.parametrize(
+    "fn, call, change, error, message",
+    [pytest.param(fn, call, *row, id=f"{fn}: {row[2][:60]}") for fn, call, rows in CALLS for row in rows],
+)
+def test_bad_input(fn, call, change, error, message):
+    with pytest.raises(error) as caught:
+        call(**change)
+    assert str(caught.value).startswith(fn) and message in str(caught.value)
+
+
+def test_explain():
+    found = attnlab.explain(wave_attention, Q, INDEX)
+    assert (found.fn, found.chosen, list(found.reasons)) == ("wave_attention", "portable", BACKENDS)
+    assert attnlab.explain(WaveIndex.build, K, V, CONFIG, backend="reference").chosen == "reference"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bounds", [False, True])
+def test_opcheck(backend, bounds):
+    index = built(lengths=[131, 60, 5])
+    query = (0.3, "sum", False, "ratio", part(0.3, max(index.clusters)), 0.0, bounds, "wave", None)
+    store = index.store._replace(budgets=index.budgets(0.3, 0.4, "ratio"))
+    args = (Q[:, 0], *store, *CONFIG.spec, *query, backend)
+    torch.library.opcheck(torch.ops.attnlab.wave_attention.default, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    k, v, q = K.float(), V.float(), Q.float()
+    want = wave_attention(q, pieces(k, v, [100, 31], backend=backend), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = wave_attention(q, pieces(k, v, [100, 31], backend=backend), backend=backend)
+    assert torch.equal(found, want)
+
+
+def test_compiles_whole():
+    index = pieces(K, V, [60, 71])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def fn(q):
+        return wave_attention(q, index, return_lse=True, return_error_bound=True, **RATIOS)
+
+    torch.testing.assert_close(fn(Q), wave_attention(Q, index, return_lse=True, return_error_bound=True, **RATIOS))
