@@ -205,10 +205,13 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def softmax_state(scores: Tensor, values: Tensor) -> State:
     """The state of `scores [B, G, r, n]` over `values [B, G, n, D]`; of nothing but -inf: 0 and -inf."""
-    lse = scores.logsumexp(-1)
-    empty = lse == -math.inf
-    weights = (scores - lse.masked_fill(empty, 0.0)[..., None]).exp_()
-    return (weights @ values).masked_fill_(empty[..., None], 0.0), lse
+    if not scores.shape[-1]:
+        return scores @ values, scores.new_full(scores.shape[:-1], -math.inf)
+    top = scores.amax(-1, keepdim=True)
+    top = top.masked_fill_(top == -math.inf, 0.0)
+    weights = (scores - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ values).div_(total.masked_fill(total == 0, 1.0)), (total.log() + top)[..., 0]
 
 
 def merge(states: list[State]) -> State:
