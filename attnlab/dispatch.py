@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 
 
@@ -58,13 +58,21 @@ def portable_reasons(call: Call) -> list[str]:
     return []
 
 
+def cpu_reasons(call: Call) -> list[str]:
+    if call.device.type != "cpu":
+        return [f"tensors are on {call.device.type}, the C kernels need cpu"]
+    if call.dtype not in KERNEL_DTYPES:
+        return [f"dtype {_short(call.dtype)} is not one of float16, bfloat16, float32"]
+    return [why] if (why := _no_c_kernels()) else []
+
+
 def triton_reasons(call: Call) -> list[str]:
     reasons = _missing("triton", "triton")
     if not reasons and call.device.type != "cuda" and not _interpreting():
         reasons.append(f"tensors are on {call.device.type}, Triton needs cuda")
     if call.device.type == "cuda" and torch.cuda.get_device_capability(call.device) < (8, 0):
         reasons.append("needs compute capability 8.0 or later")
-    if call.dtype not in GPU_DTYPES:
+    if call.dtype not in KERNEL_DTYPES:
         reasons.append(f"dtype {_short(call.dtype)} is not one of float16, bfloat16, float32")
     if call.head_dim > MAX_HEAD_DIM:
         reasons.append(f"head size {call.head_dim} is over {MAX_HEAD_DIM}")
@@ -79,12 +87,6 @@ def cuda_reasons(call: Call) -> list[str]:
 
 
 Reasons = Callable[[Call], list[str]]
-REASONS: dict[str, Reasons] = {
-    "cuda": cuda_reasons,
-    "triton": triton_reasons,
-    "portable": portable_reasons,
-    "reference": reference_reasons,
-}
 
 
 def pick(call: Call, requested: str, backends: Mapping[str, Reasons]) -> str:
@@ -162,6 +164,13 @@ def _installed(module: str) -> bool:
 
 
 @_constant
+def _no_c_kernels() -> str:
+    from .kernels.cpu.module import missing
+
+    return missing()
+
+
+@_constant
 def _interpreting() -> bool:
     """Whether Triton runs on the CPU (`TRITON_INTERPRET=1` set before the kernels are imported)."""
     import triton
@@ -181,7 +190,7 @@ def _verified_on(fn: str, backend: str, device: torch.device) -> bool:
 
 
 def _unverified(call: Call, backend: str) -> list[str]:
-    if backend in ("reference", "portable", "flash"):
+    if backend in ("reference", "portable", "cpu", "flash"):
         return []
     if call.device.type != "cuda":
         return [f"Triton's interpreter is for tests; backend={backend!r} asks for it by name"]

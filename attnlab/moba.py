@@ -14,6 +14,7 @@ from .dispatch import (
     check_qkv,
     check_scale,
     check_sinks,
+    cpu_reasons,
     cuda_reasons,
     pick,
     portable_reasons,
@@ -29,9 +30,12 @@ from .states import fake_gradients, full_attention
 BACKENDS: dict[str, Reasons] = {
     "cuda": cuda_reasons,
     "triton": triton_reasons,
+    "cpu": cpu_reasons,
     "portable": portable_reasons,
     "reference": reference_reasons,
 }
+# Who computes dense attention (all of it, once topk names every block) for backends that do not.
+DENSE = {"cuda": "triton", "cpu": "portable"}
 WORKSPACE_BYTES = 2 << 30
 
 
@@ -82,7 +86,8 @@ def moba_attention(
         return_lse: also return the `lse`, differentiable.
         deterministic: `True` promises bitwise equal reruns. `False` permits a backend to order sums freely; none does.
         workspace_bytes: bound on the partial results that the kernels hold at once.
-        backend: `"auto"`, `"reference"`, `"portable"`, `"triton"` or `"cuda"`.
+        backend: `"auto"`, `"reference"`, `"portable"`, `"cpu"` (C, compiled on first use, with the portable gradients),
+            `"triton"` or `"cuda"`.
 
     Returns:
         `out [B, Tq, Hq, D]` in q's dtype, and `lse [B, Tq, Hq]` float32 (natural log, of scaled scores) if asked for.
@@ -118,7 +123,7 @@ def moba_attention(
     if replay is None and name != "cuda" and topk + sink_blocks + local_blocks >= cdiv(cu.max_k, block_size):
         return full_attention(
             q, k, v, causal=causal, scale=scale, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            return_lse=return_lse, backend=name,
+            return_lse=return_lse, backend=DENSE.get(name, name),
         )  # fmt: skip
     packed = tuple(x.flatten(0, 1) for x in (q, k, v))
     indices = replay
@@ -193,11 +198,12 @@ def _spec(
 
 def _module(backend: str) -> ModuleType:
     # Looked up by name, so that importing attnlab never needs Triton.
-    return importlib.import_module("attnlab.kernels.moba." + ("portable" if backend == "portable" else "launch"))
+    names = {"portable": "moba.portable", "cpu": "cpu.moba"}
+    return importlib.import_module("attnlab.kernels." + names.get(backend, "moba.launch"))
 
 
 def _gpu(backend: str) -> tuple[str, ...]:
-    return () if backend == "portable" else (backend,)
+    return (backend,) if backend in ("triton", "cuda") else ()
 
 
 @torch.library.custom_op("attnlab::moba_select", mutates_args=())

@@ -15,6 +15,7 @@ from .dispatch import (
     check_int,
     check_scale,
     check_sinks,
+    cpu_reasons,
     pick,
     portable_reasons,
     reference_reasons,
@@ -26,7 +27,12 @@ from .moba_cache import MoBACache, token_counts
 from .packs import without_autocast
 
 DECODE_QUERIES = 16  # up to this many new tokens a row run as rows of the decode kernel, more as a prefill
-_BACKENDS: dict[str, Reasons] = {"triton": triton_reasons, "portable": portable_reasons, "reference": reference_reasons}
+BACKENDS: dict[str, Reasons] = {
+    "triton": triton_reasons,
+    "cpu": cpu_reasons,
+    "portable": portable_reasons,
+    "reference": reference_reasons,
+}
 
 
 def moba_decode(
@@ -53,7 +59,7 @@ def moba_decode(
         topk, scale, routing, sink_blocks, local_blocks, sinks: as `moba_attention`.
         q_lengths: `B` ints, for a ragged chunk: row `b`'s queries are its first `q_lengths[b]`, as in `append`.
         return_lse: also return the lse.
-        backend: `"auto"`, `"reference"`, `"portable"` or `"triton"`.
+        backend: `"auto"`, `"reference"`, `"portable"`, `"cpu"` or `"triton"`.
 
     Returns:
         `out [B, Tq, Hq, D]`, and `lse [B, Tq, Hq]` float32 if asked for. Queries past `q_lengths`, or in a row's left
@@ -77,7 +83,7 @@ def moba_decode(
     # A compiled decode step must not be traced again for every length: the host's mirror stays out of its graph.
     if not torch.compiler.is_compiling() or q.shape[1] > 1:
         _check_held(fn, q.shape[1], counts, cache)
-    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, _BACKENDS)
+    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, BACKENDS)
     if q.shape[1] > DECODE_QUERIES:
         attend = partial(
             moba_attention, block_size=cache.block_size, topk=topk, scale=scale, routing=routing, sinks=sinks,
@@ -153,6 +159,10 @@ def _kernel(backend: str) -> Callable[..., tuple[Tensor, ...]]:
         from .kernels.moba.decode_portable import decode as portable
 
         return portable
+    if backend == "cpu":
+        from .kernels.cpu.moba import decode as native
+
+        return native
     from .kernels.moba.decode import decode
 
     return decode

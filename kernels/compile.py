@@ -35,7 +35,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import configs
+from . import cache, configs
 from .cuda import module
 
 HERE = Path(__file__).parent
@@ -188,7 +188,7 @@ def _usage(cubin: bytes, sass: bool) -> tuple[int, int, int, int]:
 
 
 def _cached(job: Job) -> Path:
-    return module.cache_folder().parent / "compile" / f"{job.key[:40]}.json"
+    return cache.folder("compile") / f"{job.key[:40]}.json"
 
 
 def _built(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Built]]:
@@ -216,7 +216,7 @@ def build_all(jobs: list[Job], workers: int) -> list[Built]:
     for job, result in _built(todo, min(workers, len(todo))):
         found[job.key] = result
         if not any(p.startswith(FAILED) for p in result.problems):  # the fault may be the machine's
-            module.write_atomically(_cached(job), json.dumps(result).encode())
+            cache.write_atomically(_cached(job), json.dumps(result).encode())
     return [found[j.key]._replace(name=j.name, head_dim=j.head_dim, dtype=j.dtype) for j in jobs]
 
 

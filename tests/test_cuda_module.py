@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from attnlab.kernels import cache as caches
 from attnlab.kernels.cuda import moba, module
 
 needs_nvrtc = pytest.mark.skipif(bool(module.missing()), reason="needs NVRTC: attnlab[cuda]")
@@ -17,7 +18,7 @@ needs_nvrtc = pytest.mark.skipif(bool(module.missing()), reason="needs NVRTC: at
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return module.cache_folder()
+    return caches.folder("cubin")
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, c
 
 def _race(path, data, times):
     for _ in range(times):
-        module.write_atomically(path, data)
+        caches.write_atomically(path, data)
 
 
 def test_racing_writers_leave_one_whole_entry(tmp_path):

@@ -95,7 +95,7 @@ BAD = [
     (
         dict(backend="fast"),
         ValueError,
-        "backend must be one of 'auto', 'cuda', 'triton', 'portable', 'reference', got 'fast'",
+        "backend must be one of 'auto', 'cuda', 'triton', 'cpu', 'portable', 'reference', got 'fast'",
     ),
     (dict(selection=3), TypeError, "selection must be a MoBASelection, got int"),
     (replay(TWO.long()), TypeError, "selection.indices must be an int32 Tensor, got torch.int64"),
@@ -120,14 +120,14 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=[m[:60] for _, _, m in BAD])
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "portable", "reference"])
 def test_bad_input(change, error, message, backend):
     with pytest.raises(error) as caught:
         attnlab.moba_attention(**dict(q=Q, k=K, v=V, backend=backend, **OPTIONS) | change)
     assert str(caught.value).startswith("moba_attention: ") and message in str(caught.value)
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "portable", "reference"])
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -224,7 +224,7 @@ def test_explicit_backend_says_why_not_and_never_falls_back():
         attnlab.moba_attention(Q, K, V, backend="cuda", **OPTIONS)
     text = str(caught.value)
     assert "backend='cuda' cannot serve this call" in text and "tensors are on cpu, CUDA kernels need cuda" in text
-    assert all(f"\n  {name}: " in text for name in ("cuda", "triton", "portable", "reference"))
+    assert all(f"\n  {name}: " in text for name in ("cuda", "triton", "cpu", "portable", "reference"))
     with pytest.raises(attnlab.BackendError, match="flash-attn needs cuda"):
         attnlab.full_attention(Q, K, V, backend="flash")
 
@@ -300,7 +300,7 @@ def test_gradcheck_portable(options):
     assert torch.autograd.gradcheck(fn, (q, k, v, sinks))
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "portable", "reference"])
 def test_no_gradient_through_the_gate(backend):
     x = [t.clone().requires_grad_() for t in (Q, K, V)]
     selection = attnlab.moba_select(*x[:2], backend=backend, **OPTIONS)
@@ -314,8 +314,9 @@ def results(backend):
     """All public functions, forward and backward."""
     x = [t.clone().requires_grad_() for t in (Q, K, V)]
     sparse = attnlab.moba_attention(*x, backend=backend, **OPTIONS)
-    dense, lse = attnlab.full_attention(*x, return_lse=True, backend=backend)
-    merged, _ = attnlab.merge_states(torch.stack([sparse, dense]), torch.stack([lse, lse]), backend=backend)
+    other = "portable" if backend == "cpu" else backend
+    dense, lse = attnlab.full_attention(*x, return_lse=True, backend=other)
+    merged, _ = attnlab.merge_states(torch.stack([sparse, dense]), torch.stack([lse, lse]), backend=other)
     scores = attnlab.moba_select(*x[:2], backend=backend, **OPTIONS).scores
     cache = attnlab.MoBACache(2, 16, 2, 8, block_size=4)
     cache.append(K, V)
@@ -323,13 +324,13 @@ def results(backend):
     return sparse, dense, merged, scores, step, *torch.autograd.grad(merged.square().sum(), x)
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "portable", "reference"])
 def test_autocast_changes_nothing(backend):
     want = results(backend)
     with torch.autocast("cpu", torch.bfloat16):
         found = results(backend)
     for name, a, b in zip(["sparse", "dense", "merged", "scores", "step", "dq", "dk", "dv"], found, want, strict=True):
-        if backend == "portable" or not name.startswith("d"):  # autograd of the reference is PyTorch's own
+        if backend != "reference" or not name.startswith("d"):  # autograd of the reference is PyTorch's own
             assert torch.equal(a, b), name
 
 
@@ -341,14 +342,15 @@ def flat_arguments(sinks):
 SPEC = (4, 2, True, 0.3, False, 0, 0, 1 << 20, 16, False)  # ..., max_k, given
 
 
+@pytest.mark.parametrize("backend", ["cpu", "portable"])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_opcheck(with_sinks):
+def test_opcheck(with_sinks, backend):
     q, k, v, sinks, cu_q, cu_k = flat_arguments(torch.zeros(4, requires_grad=True) if with_sinks else None)
     ops = torch.ops.attnlab
-    torch.library.opcheck(ops.moba_select, (q.detach(), k.detach(), cu_q, cu_k, *SPEC, True, "portable"))
-    indices, _ = ops.moba_select(q, k, cu_q, cu_k, *SPEC, False, "portable")
+    torch.library.opcheck(ops.moba_select, (q.detach(), k.detach(), cu_q, cu_k, *SPEC, True, backend))
+    indices, _ = ops.moba_select(q, k, cu_q, cu_k, *SPEC, False, backend)
     for replayed, held in ((False, indices), (True, indices.unflatten(0, (2, 16)))):
-        torch.library.opcheck(ops.moba_attention, (q, k, v, sinks, held, cu_q, cu_k, *SPEC, replayed, "portable"))
+        torch.library.opcheck(ops.moba_attention, (q, k, v, sinks, held, cu_q, cu_k, *SPEC, replayed, backend))
     torch.library.opcheck(ops.full_attention, (q, k, v, sinks, cu_q, cu_k, True, None, 0.3, False, "portable"))
     outs, lses = torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 5, requires_grad=True)
     torch.library.opcheck(ops.merge_states, (outs, lses, "portable"))

@@ -21,9 +21,9 @@ from attnlab.testing import (
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
-# The Triton interpreter computes bfloat16 wrongly, so bfloat16 kernels are tested on a GPU only.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_CUDA else [])
-BACKENDS = ["portable", "triton"] + (["cuda"] if HAS_CUDA else [])
+# The Triton interpreter computes bfloat16 wrongly, so its bfloat16 kernels are tested on a GPU only.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BACKENDS = ["portable", "triton"] + (["cuda"] if HAS_CUDA else ["cpu"])
 
 # tq, tk, heads, kv_heads, head_dim, block_size, options
 CASES = {
@@ -64,7 +64,8 @@ def every_case(*, sinks=(False,)):
             for sink in sinks:
                 for name in CASES:
                     plain = dtype == torch.float32 and not sink
-                    if HAS_CUDA or backend == "portable" or plain or (name in FEW and (dtype == torch.float32) == sink):
+                    few = name in FEW and dtype != torch.bfloat16 and (dtype == torch.float32) == sink
+                    if HAS_CUDA or backend != "triton" or plain or few:
                         tag = [backend, str(dtype)[6:], *(["sinks"] if sink else []), name]
                         yield pytest.param(backend, dtype, sink, name, id="-".join(tag))
 
@@ -130,7 +131,9 @@ def test_end_to_end(backend, routing):
     "make", [lambda x: tied(x, 8), lambda x: tied(x, 8, period=1), one_hot], ids=["pairs", "all", "one-hot"]
 )
 def test_exact_ties(backend, make):
-    q, k, _ = make(gaussian(1, 75, 75, 2, 1, 16))
+    """Small integers: scores are exact, so they tie whatever the order of a backend's sums."""
+    x = gaussian(1, 75, 75, 2, 1, 16, scale=2.0)
+    q, k, _ = make(x._replace(q=x.q.round(), k=x.k.round()))
     options = dict(block_size=8, topk=4)
     want = attnlab.moba_select(q.double(), k.double(), backend="reference", **options)
     found = attnlab.moba_select(*move((q, k)), backend=backend, **options)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from attnlab.kernels.cpu.moba import decode as native
 from attnlab.kernels.moba.decode_portable import decode
 from attnlab.kernels.moba.spec import Spec, slots
 from attnlab.moba import moba_attention
@@ -19,6 +20,7 @@ from attnlab.reference.moba import moba_attention as reference_attention
 from attnlab.reference.moba import moba_select as reference_select
 
 KV_HEADS, DIM = 2, 8
+ON_CPU = pytest.mark.parametrize("backend", ["portable", "cpu"])
 
 
 def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,15 +39,16 @@ def truth(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, **options: Any)
     return reference_attention(q.double(), k.double(), v.double(), sinks=sinks, **options)
 
 
-def indices_of(q: Tensor, cache: MoBACache, options: dict[str, Any]) -> Tensor:
-    """What the gate of the decode kernel chose for the last tokens, `[B, Tq, Hr, slots]`."""
+def indices_of(q: Tensor, cache: MoBACache, options: dict[str, Any], backend: str) -> Tensor:
+    """What the gate of a decode kernel chose for the last tokens, `[B, Tq, Hr, slots]`."""
     group = options["routing"] == "group"
     spec = Spec(cache.block_size, options["topk"], True, 1.0, group, options["sink_blocks"], options["local_blocks"], 1)
     tokens = q.shape[1]
     lengths = (cache.device_lengths[:, None] - tokens + 1 + torch.arange(tokens)).flatten().int()
     rows = torch.arange(cache.batch).repeat_interleave(tokens).int()
     places = (cache.k_pages, cache.v_pages, cache.table, cache.sums, rows, lengths, cache.starts)
-    return decode(q.flatten(0, 1), *places, None, spec, slots(spec, cache.capacity))[2].unflatten(0, q.shape[:2])
+    run = native if backend == "cpu" else decode
+    return run(q.flatten(0, 1), *places, None, spec, slots(spec, cache.capacity))[2].unflatten(0, q.shape[:2])
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -59,6 +62,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+@ON_CPU
 @given(
     OPTIONS,
     st.lists(st.integers(0, 3) | st.integers(DECODE_QUERIES - 1, 24), min_size=1, max_size=6),
@@ -68,7 +72,7 @@ OPTIONS = st.fixed_dictionaries(
     st.booleans(),
     st.integers(0, 9),
 )
-def test_any_chunking_equals_one_shot(options, cuts, block_size, page_size, group, with_sinks, seed):
+def test_any_chunking_equals_one_shot(backend, options, cuts, block_size, page_size, group, with_sinks, seed):
     tokens = sum(cuts)
     q, k, v = inputs(2, tokens, group, seed, block_size)
     sinks = torch.linspace(-1, 2, q.shape[2]) if with_sinks else None
@@ -84,23 +88,24 @@ def test_any_chunking_equals_one_shot(options, cuts, block_size, page_size, grou
     for n in cuts:
         part = slice(at, at + n)
         cache.append(k[:, part], v[:, part])
-        out, part_lse = moba_decode(q[:, part], cache, sinks=sinks, return_lse=True, **options)
+        out, part_lse = moba_decode(q[:, part], cache, sinks=sinks, return_lse=True, backend=backend, **options)
         torch.testing.assert_close(out.double(), expected[:, part], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(part_lse.double(), lse[:, part], atol=1e-5, rtol=1e-5)
-        assert torch.equal(indices_of(q[:, part], cache, options), chosen[:, part])
+        assert torch.equal(indices_of(q[:, part], cache, options, backend), chosen[:, part])
         at += n
     assert cache.lengths == (tokens, tokens) == tuple(cache.device_lengths.tolist())
     for row in range(2):
         assert torch.equal(cache.keys(row), k[row]) and torch.equal(cache.values(row), v[row])
 
 
+@ON_CPU
 @given(
     OPTIONS,
     st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 2)), min_size=1, max_size=5),
     st.sampled_from([3, 8]),
     st.sampled_from([None, 5, 8]),
 )
-def test_ragged_rows_equal_each_alone(options, steps, block_size, page_size):
+def test_ragged_rows_equal_each_alone(backend, options, steps, block_size, page_size):
     totals = [sum(n) for n in zip(*steps, strict=True)]
     q, k, v = inputs(3, max(totals) + 1, 2, 1, block_size)
     cache = MoBACache(3, max(totals) + 1, KV_HEADS, DIM, block_size=block_size, page_size=page_size)
@@ -115,7 +120,9 @@ def test_ragged_rows_equal_each_alone(options, steps, block_size, page_size):
             for padded, x in zip(chunk, (q, k, v), strict=True):
                 padded[b, :n] = x[b, done[b] : done[b] + n]
         cache.append(*chunk[1:], lengths=counts)
-        out, lse = moba_decode(chunk[0], cache, q_lengths=counts, sinks=sinks, return_lse=True, **options)
+        out, lse = moba_decode(
+            chunk[0], cache, q_lengths=counts, sinks=sinks, return_lse=True, backend=backend, **options
+        )
         for b, n in enumerate(counts):
             done[b] += n
             rows = [x[b : b + 1, : done[b]] for x in (k, v)]
@@ -126,15 +133,17 @@ def test_ragged_rows_equal_each_alone(options, steps, block_size, page_size):
     assert cache.lengths == tuple(totals)
 
 
+@ON_CPU
 @given(st.tuples(st.integers(0, 9), st.integers(0, 9)), st.lists(st.sampled_from([1, 2, 18]), min_size=1, max_size=6))
-def test_left_padding_is_invisible(starts, cuts):
+def test_left_padding_is_invisible(backend, starts, cuts):
     tokens = sum(cuts)
     q, k, v = inputs(2, tokens, 2, seed=2)
     cache = MoBACache(2, max(tokens, 9), KV_HEADS, DIM, block_size=4, starts=starts)
     at, out, lse = 0, [], []
     for n in cuts:
         cache.append(k[:, at : at + n], v[:, at : at + n])
-        for whole, part in zip((out, lse), moba_decode(q[:, at : at + n], cache, topk=2, return_lse=True), strict=True):
+        found = moba_decode(q[:, at : at + n], cache, topk=2, return_lse=True, backend=backend)
+        for whole, part in zip((out, lse), found, strict=True):
             whole.append(part)
         at += n
     out, lse = torch.cat(out, 1), torch.cat(lse, 1)
@@ -146,23 +155,26 @@ def test_left_padding_is_invisible(starts, cuts):
         torch.testing.assert_close(out[b : b + 1, start:].double(), own[0], atol=1e-5, rtol=1e-5)
 
 
+@ON_CPU
 @pytest.mark.parametrize("page_size", [1, 4, 6, 8, 64])
-def test_paged_is_bitwise_contiguous(page_size):
+def test_paged_is_bitwise_contiguous(backend, page_size):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 40, h, DIM, generator=g) for h in (4, KV_HEADS, KV_HEADS))
     caches = [MoBACache(2, 40, KV_HEADS, DIM, block_size=8, page_size=p) for p in (None, page_size)]
     for at in range(0, 40, 5):
         for cache in caches:
             cache.append(k[:, at : at + 5], v[:, at : at + 5])
-        one, other = (moba_decode(q[:, at : at + 5], c, topk=3) for c in caches)
+        one, other = (moba_decode(q[:, at : at + 5], c, topk=3, backend=backend) for c in caches)
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "portable", "cpu", "triton"])
 @pytest.mark.parametrize("routing", ["head", "group"])
 def test_every_backend_decodes(backend, routing, device):
     if backend == "triton":
         pytest.importorskip("triton")
+    if backend == "cpu" and device.type != "cpu":
+        pytest.skip("the C kernels need cpu")
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 24, h, 16, generator=g).to(device) for h in (6, 2, 2))
     cache = MoBACache(3, 40, 2, 16, block_size=4, page_size=8, device=device)
@@ -179,19 +191,23 @@ def test_every_backend_decodes(backend, routing, device):
     assert (out[2] == 0).all() and torch.equal(lse[2, 0], sinks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes(dtype):
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [("portable", torch.float64)] + [(b, t) for b in ("portable", "cpu") for t in (torch.float16, torch.bfloat16)],
+)
+def test_other_dtypes(backend, dtype):
     q, k, v = (x.to(dtype) for x in inputs(1, 60, 2, seed=3))
     cache = MoBACache(1, 60, KV_HEADS, DIM, block_size=8, dtype=dtype)
     cache.append(k, v)
-    out = moba_decode(q[:, -3:], cache, topk=3)
+    out = moba_decode(q[:, -3:], cache, topk=3, backend=backend)
     expected, _ = truth(q[:, -3:], k, v, None, block_size=8, topk=3)
     assert out.dtype == dtype and cache.sums.dtype == torch.promote_types(dtype, torch.float32)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), expected, atol=4 * eps, rtol=2 * eps)
 
 
-def test_head_major_pages_need_no_copy():
+@pytest.mark.parametrize("decode", [decode, native])
+def test_head_major_pages_need_no_copy(decode):
     q, k, v = inputs(2, 50, 2, seed=4)
     spec, lengths, table = Spec(8, 3, True, 0.3, False, 0, 0, 1), torch.tensor([50, 33]).int(), torch.arange(2).int()
     cache = MoBACache(2, 50, KV_HEADS, DIM, block_size=8)
@@ -219,28 +235,30 @@ def test_reset_reuses_pages_and_forgets():
     assert torch.equal(cache.keys(1), k[1, :3])
 
 
-def test_nan_stays_where_it_is_seen():
+@ON_CPU
+def test_nan_stays_where_it_is_seen(backend):
     q, k, v = inputs(2, 40, 2, seed=8)
     q[0, -1, 1] = math.nan
     k[1, 5, 0] = math.nan  # block 1 of head 0: its centroid ranks first, and the rows that choose it are NaN
     cache = MoBACache(2, 50, KV_HEADS, DIM, block_size=4)
     cache.append(k, v)
-    out, lse = moba_decode(q[:, -1:], cache, topk=2, return_lse=True)
+    out, lse = moba_decode(q[:, -1:], cache, topk=2, return_lse=True, backend=backend)
     bad = torch.zeros(2, 4, dtype=torch.bool)
     bad[0, 1] = bad[1, :2] = True
     assert torch.equal(out[:, 0].isnan().all(-1), bad) and torch.equal(lse[:, 0].isnan(), bad)
     assert not out[:, 0][~bad].isnan().any()
     options = dict(topk=2, routing="head", sink_blocks=0, local_blocks=0)
-    assert (indices_of(q[:, -1:], cache, options)[1, 0, :2, 1] == 1).all()
+    assert (indices_of(q[:, -1:], cache, options, backend)[1, 0, :2, 1] == 1).all()
 
 
-def test_opcheck():
+@ON_CPU
+def test_opcheck(backend):
     q, k, v = inputs(2, 20, 2, seed=9)
     cache = MoBACache(2, 20, KV_HEADS, DIM, block_size=4)
     cache.append(k, v)
     for tokens, sinks, ragged in ((1, None, None), (3, torch.zeros(4), torch.tensor([2, 3]).int())):
         places = (cache.k_pages, cache.v_pages, cache.table, cache.sums, cache.device_lengths, ragged, None, sinks)
-        args = (q[:, -tokens:], *places, 4, 2, 0.3, False, 1, 1, 20, "portable")
+        args = (q[:, -tokens:], *places, 4, 2, 0.3, False, 1, 1, 20, backend)
         torch.library.opcheck(torch.ops.attnlab.moba_decode.default, args)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import attnlab
+from attnlab.kernels.cpu import moba as native
 from attnlab.kernels.moba import portable
 from attnlab.kernels.moba import portable_gate as gate
 from attnlab.kernels.moba.spec import Spec, cdiv, slots
@@ -54,6 +55,8 @@ def way(request, monkeypatch):
 
 
 class Problem:
+    kernels = portable
+
     def __init__(self, case, dtype=torch.float64, with_sinks=False, workspace=2 << 30, strided=False):
         lengths_q, lengths_k, hq, hkv, d, block, topk, options = case
         lengths_k = lengths_k or lengths_q
@@ -73,12 +76,12 @@ class Problem:
         self.slots = slots(self.spec, max(lengths_k))
 
     def forward(self, indices=None):
-        return portable.forward(self.q, self.k, self.v, self.sinks, indices, *self.cu, self.spec, self.slots)
+        return self.kernels.forward(self.q, self.k, self.v, self.sinks, indices, *self.cu, self.spec, self.slots)
 
     def backward(self, out, lse, indices, dlse):
         dlse = None if dlse is None else dlse.to(lse.dtype)
         given = (self.q, self.k, self.v, self.sinks, out, lse, indices)
-        return portable.backward(self.dout, dlse, *given, *self.cu, self.spec, self.slots)
+        return self.kernels.backward(self.dout, dlse, *given, *self.cu, self.spec, self.slots)
 
     def expected(self, dtype=torch.float64, indices=None, dlse=True):
         """out, lse, then dq, dk, dv and dsinks, computed in `dtype`."""
@@ -146,9 +149,10 @@ def test_selection_scores_and_replay():
     torch.testing.assert_close(p.forward(other)[0], p.forward()[0])
 
 
+@pytest.mark.parametrize("select", [portable.select, native.select], ids=["portable", "cpu"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("block, topk", [(4, 5), (4, 40), (16, 3)])
-def test_ties_and_special_values_follow_the_rules(block, topk, causal):
+def test_ties_and_special_values_follow_the_rules(block, topk, causal, select):
     """Small integers make every score exact in float32, so indices must match the reference one for one."""
     g = torch.Generator().manual_seed(0)
     t, spec = 260, Spec(block, topk, causal, 1.0, False, 0, 0, 2 << 30)
@@ -173,7 +177,7 @@ def test_ties_and_special_values_follow_the_rules(block, topk, causal):
         "near ties": (q, k * (1 + 2**-20 * torch.randint(0, 4, k.shape, generator=g))),
     }
     for name, (a, b) in inputs.items():
-        got, scores = portable.select(a, b, cu, cu, spec, slots(spec, t))
+        got, scores = select(a, b, cu, cu, spec, slots(spec, t))
         want, value = reference.moba_select(a[None], b[None], block_size=block, topk=topk, causal=causal)
         if name == "near ties":
             torch.testing.assert_close(scores, value[0])

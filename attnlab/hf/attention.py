@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from attnlab import full_attention, moba_attention
-from attnlab.dispatch import Call, Reasons, check_scale, pick, portable_reasons, reference_reasons, triton_reasons
+from attnlab.dispatch import Call, check_scale, pick
+from attnlab.moba import DENSE
+from attnlab.moba_decoding import BACKENDS as DECODERS
 from attnlab.moba_decoding import DECODE_QUERIES as DECODE_TOKENS
 
 from .masks import Packing, from_kwargs, packing, pattern
 from .plan import MoBAPlan, layer_plan
 
-_DECODERS: dict[str, Reasons] = {"triton": triton_reasons, "portable": portable_reasons, "reference": reference_reasons}
 _REFUSED = {
     "softcap": "attention logit soft-capping is not supported; use attn_implementation='eager'",
     "position_bias": "position biases (T5 and kin) are not supported; use attn_implementation='sdpa'",
@@ -77,7 +78,7 @@ def _forward(
     after_cached = is_causal and q.shape[1] < k.shape[1] and (packed is None or packed.q_index is not None)
     decoding = after_cached and q.shape[1] <= DECODE_TOKENS
     if plan is None or window is not None or plan.phase == ("prefill" if decoding else "decode"):
-        backend = "auto" if plan is None else _dense_name(plan.backend)
+        backend = "auto" if plan is None else DENSE.get(plan.backend, plan.backend)
         out = _packed_call(full_attention, q, k, v, packed, window=window, backend=backend, **options)
     elif decoding and _layer_serves(layer, q, k, v, width, packed):
         out = _decode(q, layer, plan, packed, scaling, s_aux)
@@ -140,7 +141,8 @@ def _decode(
     k, v = layer.buffers()
     sums = layer.block_sums(plan.block_size, starts)
     lengths, first, table = _rows(q.shape[0], layer.get_seq_length(), starts, q.device)
-    backend = pick(Call("moba_decode", q.device, q.dtype, q.shape[3]), _dense_name(plan.backend), _DECODERS)
+    asked = "triton" if plan.backend == "cuda" else plan.backend  # decode has no CUDA C++
+    backend = pick(Call("moba_decode", q.device, q.dtype, q.shape[3]), asked, DECODERS)
     out, _ = torch.ops.attnlab.moba_decode(
         q, k, v, table, sums, lengths, None, first, sinks, plan.block_size, plan.topk,
         check_scale("attnlab_moba", scale, q.shape[3]), plan.routing == "group", plan.sink_blocks, plan.local_blocks,
@@ -159,11 +161,6 @@ def _rows(
         return torch.full((batch,), length, dtype=torch.int32, device=device), None, table
     first = torch.tensor(starts, dtype=torch.int32, device=device)
     return length - first, first, table
-
-
-def _dense_name(backend: str) -> str:
-    """The backend of stages that have no CUDA C++."""
-    return "triton" if backend == "cuda" else backend
 
 
 def _options(plan: MoBAPlan) -> dict[str, Any]:

@@ -12,7 +12,7 @@ _LEAST = {"block_size": 1, "topk": 1, "sink_blocks": 0, "local_blocks": 0}
 _CHOICES = {
     "routing": ("head", "group"),
     "phase": ("both", "prefill", "decode"),
-    "backend": ("auto", "reference", "portable", "triton", "cuda"),
+    "backend": ("auto", "reference", "portable", "cpu", "triton", "cuda"),
 }
 
 

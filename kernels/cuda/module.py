@@ -8,13 +8,13 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import cache
 
 HERE = Path(__file__).parent
 DIGEST = hashlib.sha256().digest_size
@@ -71,20 +71,15 @@ def include_paths() -> list[str]:
     return [str(f) for f in folders] + [str(f / "cccl") for f in folders if (f / "cccl").is_dir()]
 
 
-def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "attnlab" / "cubin"
-
-
 def cubin(source: str, capability: int, defines: Defines = ()) -> bytes:
     """The device code of file `source` for a compute capability, from the cache or from the compiler."""
     code, target = (HERE / source).read_text(), f"sm_{capability}" + "a" * (capability >= 90)
     key = hashlib.sha256(repr((code, target, defines, versions())).encode()).hexdigest()
-    path = cache_folder() / f"{Path(source).stem}-{target}-{key[:32]}.cubin"
+    path = cache.folder("cubin") / f"{Path(source).stem}-{target}-{key[:32]}.cubin"
     found = _read(path)
     if found is None:
         found = _compile(source, code, target, defines)
-        write_atomically(path, hashlib.sha256(found).digest() + found)
+        cache.write_atomically(path, hashlib.sha256(found).digest() + found)
     return found
 
 
@@ -107,21 +102,6 @@ def _read(path: Path) -> bytes | None:
         return None
     digest, found = entry[:DIGEST], entry[DIGEST:]
     return found if hashlib.sha256(found).digest() == digest else None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Keep a cache entry; a folder that cannot be written only costs the next process its work."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
 
 
 @functools.cache

@@ -1,0 +1,233 @@
+// MoBA attention: blocks are walked in order; each is packed once and meets every query of the item that attends it.
+//
+// A query keeps one running softmax (maximum, sum, weighted values), so its blocks are summed in rising order whatever
+// the slots, chunks or threads are, and results repeat bit for bit.
+#include "parallel.h"
+#include "simd.h"
+
+enum { TILE = 8 * ROWS, KEYS = 512 };  // queries and keys of one tile of scores
+enum { SCORES = KEYS + LANES };        // row length of the scores: rows must not meet in the same cache sets
+
+struct Attend {
+    const void *q, *k, *v;
+    const int32_t *indices, *cu_q, *cu_k, *chunks;
+    float *out, *lse;
+    int64_t type, sequences, hq, hkv, hr, dim, slots, own, block, chunk, q_row, q_head, k_row, k_head, v_row, v_head;
+    float scale;
+};
+
+// What one item works on: queries [begin, end) of a sequence with the query heads of KV head `head`. A row is a query
+// and one of these heads; a choice is a query and a chooser, and stands for `width` rows.
+struct Item {
+    int64_t seq, head, begin, end, group, choosers, width, before;
+    int64_t packed;                      // columns of the packed keys
+    float *values, *top, *sum;           // [rows, padded], [rows], [rows]: the running softmax
+    float *keys, *block;                 // packed keys and values of the tile at hand
+    float *queries, *scores, *products;  // [TILE, dim], [TILE, SCORES], [TILE, padded]
+    int32_t *choices, *ends;             // choices by block, and where each block's end
+};
+
+static int64_t padded(const struct Attend *c) { return ceil_div(c->dim, LANES) * LANES; }
+
+// Keys transposed and values as they are, in panels of WIDTH columns; what fills up the last panel is zero.
+static void pack_tile(const struct Attend *c, struct Item *it, int64_t key, int64_t count)
+{
+    int64_t start = c->cu_k[it->seq] + key, dim = c->dim;
+    it->packed = ceil_div(count, LANES) * LANES;
+    for (int64_t at = 0; at < count; at += WIDTH) {
+        int64_t width = least(WIDTH, it->packed - at), live = least(width, count - at);
+        float *panel = it->keys + at * dim;
+        for (int64_t j = 0; j < width; j++) {
+            const float *from = NULL;
+            if (j < live)
+                from = read_row(it->products, c->k, (start + at + j) * c->k_row + it->head * c->k_head, dim, c->type);
+            for (int64_t d = 0; d < dim; d++)
+                panel[d * width + j] = from ? from[d] : 0.0f;
+        }
+    }
+    for (int64_t at = 0; at < dim; at += WIDTH) {
+        int64_t width = least(WIDTH, ceil_div(dim - at, LANES) * LANES), live = least(width, dim - at);
+        float *panel = it->block + at * KEYS;
+        for (int64_t i = 0; i < count; i++, panel += width) {
+            read_scaled(panel, c->v, (start + i) * c->v_row + it->head * c->v_head + at, live, c->type, 1.0f);
+            memset(panel + live, 0, (width - live) * sizeof *panel);
+        }
+    }
+}
+
+INLINE int64_t query_at(const struct Attend *c, const struct Item *it, int64_t row)
+{
+    int64_t token = c->cu_q[it->seq] + it->begin + row / it->group, head = it->head * it->group + row % it->group;
+    return token * c->q_row + head * c->q_head;
+}
+
+// Rows `rows[i]` attend the first `live[i]` keys of the packed tile.
+static void attend_tile(const struct Attend *c, const struct Item *it, const int64_t *rows, const int64_t *live,
+                        int64_t count)
+{
+    int64_t dim = c->dim, pad = padded(c), keys = 0;
+    float kept[TILE];
+    for (int64_t i = 0; i < count; i++) {
+        read_scaled(it->queries + i * dim, c->q, query_at(c, it, rows[i]), dim, c->type, c->scale);
+        fetch(it->values + rows[i] * pad, pad * sizeof(float));
+        keys = most(keys, live[i]);
+    }
+    int64_t columns = least(ceil_div(keys, WIDTH) * WIDTH, it->packed);  // whole panels
+    product(count, columns / LANES, it->queries, dim, it->keys, dim, dim, it->scores, SCORES);
+    for (int64_t i = 0; i < count; i++) {
+        float *scores = it->scores + i * SCORES;
+        for (int64_t j = live[i]; j < columns; j++)
+            scores[j] = -INFINITY;
+        kept[i] = weigh(scores, columns, it->top + rows[i], it->sum + rows[i]);
+    }
+    product(count, pad / LANES, it->scores, SCORES, it->block, KEYS, keys, it->products, pad);
+    for (int64_t i = 0; i < count; i++) {
+        float *to = it->values + rows[i] * pad, *from = it->products + i * pad;
+        for (int64_t d = 0; d < pad; d += LANES)
+            store(to + d, load(to + d) * kept[i] + load(from + d));
+    }
+}
+
+// The choices of block `block`, tile by tile.
+static void attend_choices(const struct Attend *c, const struct Item *it, int64_t block, int64_t keys)
+{
+    int64_t room[2][TILE], *rows = room[0], *next = room[1], live[TILE], first = block ? it->ends[block - 1] : 0;
+    int64_t count = (it->ends[block] - first) * it->width, ready = 0, element = c->type == FLOAT ? 4 : 2;
+    for (int64_t i = 0; i < TILE; i++)
+        live[i] = keys;
+    for (int64_t done = 0; done < count + TILE; done += TILE) {
+        // Rows of the tile after the one at hand, on their way while that one is computed.
+        int64_t n = most(least(TILE, count - done), 0);
+        for (int64_t i = 0; i < n; i++) {
+            next[i] = it->choices[first + (done + i) / it->width] * it->width + (done + i) % it->width;
+            fetch((const char *)c->q + query_at(c, it, next[i]) * element, c->dim * element);
+        }
+        if (ready)
+            attend_tile(c, it, rows, live, ready);
+        int64_t *swap = rows;
+        rows = next, next = swap, ready = n;
+    }
+}
+
+// The queries that live in the block of keys [key, key + keys) of the tile, which see keys up to their own.
+static void attend_own(const struct Attend *c, const struct Item *it, int64_t key, int64_t keys, int64_t block_end)
+{
+    int64_t rows[TILE], live[TILE];
+    int64_t first = (most(key - it->before, it->begin) - it->begin) * it->group;
+    int64_t end = (least(block_end - it->before, it->end) - it->begin) * it->group;
+    for (; first < end; first += TILE) {
+        int64_t n = least(TILE, end - first);
+        for (int64_t i = 0; i < n; i++) {
+            rows[i] = first + i;
+            live[i] = least(keys, it->before + it->begin + rows[i] / it->group - key + 1);
+        }
+        attend_tile(c, it, rows, live, n);
+    }
+}
+
+// Counting sort of the item's choices by block; ascending within one.
+static void sort_choices(const struct Attend *c, const struct Item *it, int64_t blocks)
+{
+    int64_t choices = (it->end - it->begin) * it->choosers;
+    memset(it->ends, 0, (blocks + 1) * sizeof *it->ends);
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t i = 0; i < choices; i++) {
+            int64_t token = c->cu_q[it->seq] + it->begin + i / it->choosers;
+            int64_t chooser = it->head * it->choosers + i % it->choosers;
+            const int32_t *slot = c->indices + (token * c->hr + chooser) * c->slots;
+            for (int64_t s = c->own; s < c->slots; s++) {
+                if (slot[s] < 0)
+                    continue;
+                if (pass)
+                    it->choices[it->ends[slot[s]]++] = (int32_t)i;
+                else
+                    it->ends[slot[s] + 1]++;
+            }
+        }
+        // After the first pass ends[b] is where block b begins; filling moves it to where it ends.
+        for (int64_t b = 0; !pass && b < blocks; b++)
+            it->ends[b + 1] += it->ends[b];
+    }
+}
+
+static void finish(const struct Attend *c, const struct Item *it)
+{
+    int64_t pad = padded(c);
+    for (int64_t row = 0; row < (it->end - it->begin) * it->group; row++) {
+        int64_t token = c->cu_q[it->seq] + it->begin + row / it->group;
+        int64_t at = token * c->hq + it->head * it->group + row % it->group;
+        float sum = it->sum[row], share = sum == 0.0f ? 0.0f : 1.0f / sum;
+        for (int64_t d = 0; d < c->dim; d++)
+            c->out[at * c->dim + d] = it->values[row * pad + d] * share;
+        c->lse[at] = it->top[row] + logf(sum);
+    }
+}
+
+static int attend_item(const void *call, int64_t number)
+{
+    const struct Attend *c = call;
+    struct Item it = {.head = number % c->hkv, .group = c->hq / c->hkv, .choosers = c->hr / c->hkv};
+    int64_t chunk = number / c->hkv, low = 0, high = c->sequences - 1;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (chunk < c->chunks[middle + 1])
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    int64_t nq = c->cu_q[low + 1] - c->cu_q[low], nk = c->cu_k[low + 1] - c->cu_k[low], block = c->block;
+    it.seq = low, it.width = it.group / it.choosers, it.before = nk - nq;
+    it.begin = (chunk - c->chunks[low]) * c->chunk, it.end = least(it.begin + c->chunk, nq);
+    int64_t rows = (it.end - it.begin) * it.group, blocks = ceil_div(nk, block), pad = padded(c);
+    int64_t panels = ceil_div(c->dim, WIDTH) * WIDTH;
+    int64_t sizes[] = {rows * pad, 2 * rows, KEYS * c->dim, KEYS * panels, TILE * c->dim, TILE * SCORES, TILE * pad};
+    int64_t total = 0, ints = rows / it.width * (c->slots - c->own) + blocks + 1;
+    for (int i = 0; i < 7; i++)
+        total += sizes[i];
+    float *room = malloc(total * sizeof *room);
+    int32_t *lists = malloc(ints * sizeof *lists);
+    if (!room || !lists) {
+        free(room);
+        free(lists);
+        return 1;
+    }
+    float **parts[] = {&it.values, &it.top, &it.keys, &it.block, &it.queries, &it.scores, &it.products};
+    float *next = room;
+    for (int i = 0; i < 7; next += sizes[i++])
+        *parts[i] = next;
+    it.sum = it.top + rows, it.ends = lists, it.choices = lists + blocks + 1;
+    memset(it.values, 0, rows * pad * sizeof *it.values);
+    for (int64_t i = 0; i < rows; i++)
+        it.top[i] = -INFINITY, it.sum[i] = 0.0f;
+    sort_choices(c, &it, blocks);
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t start = b * block, end = least(start + block, nk);
+        int own = c->own && it.before + it.begin < end && it.before + it.end > start;
+        if (!own && it.ends[b] == (b ? it.ends[b - 1] : 0))
+            continue;
+        for (int64_t key = start; key < end; key += KEYS) {
+            int64_t keys = least(KEYS, end - key);
+            pack_tile(c, &it, key, keys);
+            attend_choices(c, &it, b, keys);
+            if (own)
+                attend_own(c, &it, key, keys, end);
+        }
+    }
+    finish(c, &it);
+    free(room);
+    free(lists);
+    return 0;
+}
+
+// out [Nq, hq, dim] and lse [Nq, hq] over the blocks that `indices [Nq, hr, slots]` name, the first slot being a query's
+// own block where `own`; `chunks[s]` chunks of `chunk` queries lie before sequence s.
+int attend(const void *q, const void *k, const void *v, const int32_t *indices, const int32_t *cu_q,
+           const int32_t *cu_k, const int32_t *chunks, float *out, float *lse, int64_t type, int64_t sequences,
+           int64_t hq, int64_t hkv, int64_t hr, int64_t dim, int64_t slots, int64_t own, int64_t block, int64_t chunk,
+           int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head, double scale,
+           int64_t threads)
+{
+    struct Attend call = {q,   k,   v,   indices, cu_q, cu_k,  chunks, out,   lse,    type,  sequences, hq,    hkv,
+                          hr,  dim, slots, own,   block, chunk, q_row, q_head, k_row, k_head, v_row,    v_head, scale};
+    return parallel(attend_item, &call, chunks[sequences] * hkv, threads);
+}
