@@ -128,6 +128,10 @@ class WaveIndex:
         counts = most if lengths is None else _per_row(fn, "lengths", lengths, most)
         self._take(fn, k, v, [0] * self.batch, counts)
 
+    def row(self, b: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of row `b` in the order they came, `[t, G, D]` each: copies."""
+        return wave_reference.in_order(self.store, b, self._lengths[b], self._indexed[b], self._spec)
+
     def reset(self) -> None:
         """Empty all rows; storage, capacity and configuration stay."""
         self.store.offsets.zero_()

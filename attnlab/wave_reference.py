@@ -39,23 +39,29 @@ def steady_positions(length: int, indexed: int, spec: Spec, device: torch.device
     return t[(t < spec.sink) | (t >= spec.sink + indexed)]
 
 
-def token_order(store: Store, row: int, length: int, indexed: int, spec: Spec) -> Row:
+def in_order(store: Store, row: int, length: int, indexed: int, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Keys and values of a row as they came, `[t, G, D]`."""
     heads = torch.arange(store.k.shape[1], device=store.k.device)[:, None]
     tokens = store.tokens[row, :, :indexed].long()
     kept = steady_positions(length, indexed, spec, store.k.device)
     at = places(kept, spec)
 
     def whole(clustered: Tensor, steady: Tensor) -> Tensor:
-        x = clustered.new_zeros(length, clustered.shape[1], clustered.shape[3])
+        x = clustered.new_empty(length, clustered.shape[1], clustered.shape[3])
         x[tokens, heads] = clustered[row, :, :indexed]
         x[kept] = steady[row, :, at].transpose(0, 1)
         return x
 
+    return whole(store.k, store.k_steady), whole(store.v, store.v_steady)
+
+
+def token_order(store: Store, row: int, length: int, indexed: int, spec: Spec) -> Row:
+    tokens = store.tokens[row, :, :indexed].long()
     labels = torch.zeros_like(tokens)
     slots = torch.arange(store.offsets.shape[2] - 1, device=store.k.device)
     for g, sizes in enumerate(store.sizes[row].long()):
         labels[g, tokens[g] - spec.sink] = slots.repeat_interleave(sizes)
-    return Row(whole(store.k, store.k_steady), whole(store.v, store.v_steady), labels)
+    return Row(*in_order(store, row, length, indexed, spec), labels)
 
 
 def regrouped(row: Row, clusters: int, spec: Spec) -> reference.Index:
