@@ -11,6 +11,7 @@ CHOICES = {
     "estimation": ("ratio", "all", "none"),
     "group_reduce": ("sum", "mean", "max"),
     "budget": ("fixed", "adaptive"),
+    "clustering": ("native", "faiss"),
 }
 
 
@@ -32,6 +33,8 @@ class WaveConfig:
         weight_by_size: rank by a cluster's share of the mass instead of by its centroid's.
         budget: `"fixed"`; `"adaptive"` reads further clusters until the bound on what is unread is below `max_error`.
         max_error: share of the attention mass, in `(0, 1)`.
+        clustering: `"native"`; `"faiss"`, centroids by `faiss.Kmeans(spherical=True)` from the same start, of finite
+            keys only (`pip install attnlab[faiss-cpu]` or `attnlab[faiss-gpu]`).
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what came.
@@ -52,6 +55,7 @@ class WaveConfig:
     weight_by_size: bool = False
     budget: str = "fixed"
     max_error: float = 0.05
+    clustering: str = "native"
 
     def __post_init__(self) -> None:
         fn = "WaveConfig"

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import wave_file, wave_reference
+from . import wave_faiss, wave_file, wave_reference
 from .dispatch import MAX_HEAD_DIM, Call, Reasons, check_int, pick, portable_reasons, reference_reasons
 from .kernels.retroinfer.spec import Plan, Spec, Store, allocate, budget, places, plan
 from .packs import without_autocast
@@ -63,6 +63,8 @@ class WaveIndex:
         if dtype not in DTYPES:
             raise TypeError(f"WaveIndex: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         config = _check_config(config)
+        if config.clustering == "faiss":
+            wave_faiss.library()
         device = torch.device(torch.get_default_device() if device is None else device)
         self.backend = pick(Call("WaveIndex", device, dtype, head_dim), backend, BACKENDS)
         self.config, self.capacity, self._spec = config, capacity, config.spec
@@ -256,7 +258,7 @@ class WaveIndex:
             firsts = {b: b * tokens + begins[b] + max(0, spec.sink - self._lengths[b]) for b in due}
             ranges = [(b, firsts[b], firsts[b] + waiting) for b, waiting in due.items()]
         call = plan(spec, ranges, self._clusters)
-        _extend(source_k, source_v, self.store, call, spec, self.backend)
+        _extend(source_k, source_v, self.store, call, spec, self.backend, self.config.clustering)
         for (b, start, end), added in zip(ranges, call.slots, strict=True):
             self._indexed[b] += end - start
             self._clusters[b] += added
@@ -291,8 +293,12 @@ def _portable() -> ModuleType:
 
 
 @without_autocast
-def _extend(k: Tensor, v: Tensor, store: Store, call: Plan, spec: Spec, backend: str) -> None:
-    labels = wave_reference.kmeans(k, call, spec) if backend == "reference" else None
+def _extend(k: Tensor, v: Tensor, store: Store, call: Plan, spec: Spec, backend: str, clustering: str) -> None:
+    labels = None
+    if clustering == "faiss":
+        labels = wave_faiss.kmeans(k, call, spec)
+    elif backend == "reference":
+        labels = wave_reference.kmeans(k, call, spec)
     _portable().extend(store, k, v, call, spec, labels)
 
 
