@@ -12,6 +12,7 @@ CHOICES = {
     "group_reduce": ("sum", "mean", "max"),
     "budget": ("fixed", "adaptive"),
     "clustering": ("native", "faiss"),
+    "meta_dtype": (None, "int8"),
 }
 
 
@@ -35,6 +36,7 @@ class WaveConfig:
         max_error: share of the attention mass, in `(0, 1)`.
         clustering: `"native"`; `"faiss"`, centroids by `faiss.Kmeans(spherical=True)` from the same start, of finite
             keys only (`pip install attnlab[faiss-cpu]` or `attnlab[faiss-gpu]`).
+        meta_dtype: `"int8"`: mean keys and values are kept in 8 bits, with a scale each; None: in the keys' dtype.
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what came.
@@ -56,6 +58,7 @@ class WaveConfig:
     budget: str = "fixed"
     max_error: float = 0.05
     clustering: str = "native"
+    meta_dtype: str | None = None
 
     def __post_init__(self) -> None:
         fn = "WaveConfig"
@@ -84,6 +87,11 @@ class WaveConfig:
             self.sink, self.local, self.segment, self.tokens_per_cluster, self.iterations,
             self.final_pass == "global", self.max_cluster or 0, self.update_every,
         )  # fmt: skip
+
+
+def kernel_reasons(config: WaveConfig) -> list[str]:
+    """Why backends other than reference and portable cannot serve an index of this configuration."""
+    return [f"meta_dtype={config.meta_dtype!r} is for reference and portable only"] if config.meta_dtype else []
 
 
 def check_choice(fn: str, name: str, value: Any) -> None:

@@ -12,10 +12,21 @@ from . import wave_faiss, wave_file, wave_reference
 from .dispatch import MAX_HEAD_DIM, Call, Reasons, check_int, pick, portable_reasons, reference_reasons
 from .kernels.retroinfer.spec import Plan, Spec, Store, allocate, budget, places, plan
 from .packs import without_autocast
-from .wave_config import WaveConfig
+from .wave_config import WaveConfig, kernel_reasons
 
 BACKENDS: dict[str, Reasons] = {"portable": portable_reasons, "reference": reference_reasons}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def serving(config: WaveConfig) -> dict[str, Reasons]:
+    """The backends, with the reasons an index's configuration adds."""
+    why = kernel_reasons(config)
+
+    def also(reasons: Reasons) -> Reasons:
+        return lambda call: reasons(call) + why
+
+    plain = ("portable", "reference")
+    return {name: reasons if name in plain or not why else also(reasons) for name, reasons in BACKENDS.items()}
 
 
 class WaveIndex:
@@ -66,9 +77,10 @@ class WaveIndex:
         if config.clustering == "faiss":
             wave_faiss.library()
         device = torch.device(torch.get_default_device() if device is None else device)
-        self.backend = pick(Call("WaveIndex", device, dtype, head_dim), backend, BACKENDS)
+        self.backend = pick(Call("WaveIndex", device, dtype, head_dim), backend, serving(config))
         self.config, self.capacity, self._spec = config, capacity, config.spec
-        self.store: Store = allocate(batch, kv_heads, head_dim, capacity, self._spec, dtype, device)
+        int8 = config.meta_dtype == "int8"
+        self.store: Store = allocate(batch, kv_heads, head_dim, capacity, self._spec, dtype, device, int8)
         self._budgets: dict[tuple[float, float, str], Tensor] = {}
         self._lengths, self._indexed, self._clusters = [0] * batch, [0] * batch, [0] * batch
         self._count()
@@ -196,7 +208,7 @@ class WaveIndex:
     @property
     def meta_bytes(self) -> int:
         """Bytes of the meta index: mean key, mean value, size and radius of each cluster."""
-        per_slot = (self.store.centroids, self.store.value_means, self.store.radius, self.store.offsets)
+        per_slot = (getattr(self.store, name) for name in ("centroids", "value_means", "radius", "steps", "offsets"))
         width = sum(x[0, 0, :1].nbytes for x in per_slot)
         return sum(self._clusters) * self.store.k.shape[1] * width
 

@@ -98,6 +98,18 @@ def test_reset_and_reuse_is_a_fresh_cache():
     assert all(torch.equal(x, y) for x, y in zip(alone, generate(model, ids[:1], mask[:1], cache_of(model, SPARSE))))
 
 
+@pytest.mark.parametrize("change", [dict(meta_dtype="int8"), dict(clustering="faiss"), dict(max_cluster=5)], ids=str)
+def test_options_reach_the_index(change):
+    if "clustering" in change:
+        pytest.importorskip("faiss")
+    model, (ids, mask) = wave(), inputs("left")
+    expected = dense(model, lambda: generate(model, ids, mask))
+    cache = cache_of(model, WaveConfig(**EVERYTHING.__dict__ | change))
+    same(generate(model, ids, mask, cache), expected)
+    assert all(layer.index.config == cache.layers[0].config for layer in cache.layers)
+    assert (cache.layers[0].index.store.centroids.dtype == torch.int8) == ("meta_dtype" in change)
+
+
 def test_full_layers_stay_dense():
     nothing = WaveConfig(**SMALL.__dict__ | dict(retrieval_ratio=0.0, estimation="none"))
     model, (ids, mask) = wave(), inputs("left")
@@ -168,8 +180,13 @@ MASKS = {
 
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize("padding", MASKS)
-def test_each_call_is_what_its_rows_ask_alone(padding, backend):
+def test_each_call_is_what_its_rows_ask_alone(padding, backend, monkeypatch):
     """A prompt, a step, two chunks, then steps over two updates: steps as `wave_attention`, chunks as dense."""
+    asked = set()
+    for name in ("full_attention", "wave_attention"):
+        real = getattr(attnlab, name)
+        spy = lambda *args, real=real, **options: asked.add(options["backend"]) or real(*args, **options)
+        monkeypatch.setattr(attention, name, spy)
     sizes = [24, 1, 6, 5] + [1] * 20
     total = sum(sizes)
     g = torch.Generator().manual_seed(3)
@@ -201,6 +218,7 @@ def test_each_call_is_what_its_rows_ask_alone(padding, backend):
                 want = (want / (1 + (sinks - lse).exp())[..., None])[0]
             torch.testing.assert_close(found, want, **CLOSE)
         assert layer.get_seq_length() == at and layer.get_mask_sizes(2) == (at + 2, 0)
+    assert asked == {backend}
     assert max(alone[0].clusters) < max(alone[0].indexed)
     assert layer.index.lengths == tuple(mask.sum(1).tolist())
     assert all(torch.equal(layer.index.row(b)[0], rows_of(k, mask)[b]) for b in range(3))
