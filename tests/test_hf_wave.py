@@ -1,5 +1,7 @@
 """Generation over a `WaveCache`, and what its layers do with padding, chunks, new turns and misuse."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,17 @@ def test_reset_and_reuse_is_a_fresh_cache():
     cache.reset()
     alone = generate(model, ids[:1], mask[:1], cache)
     assert all(torch.equal(x, y) for x, y in zip(alone, generate(model, ids[:1], mask[:1], cache_of(model, SPARSE))))
+
+
+def test_a_copied_prefix_goes_on_alone():
+    model, (ids, mask) = wave(), inputs("left")
+    prefix = cache_of(model, SPARSE)
+    model(ids[:, :20], attention_mask=mask[:, :20], position_ids=positions_of(mask)[:, :20], past_key_values=prefix)
+    twin = copy.deepcopy(prefix)
+    first = generate(model, ids, mask, prefix)
+    again = generate(model, ids, mask, twin)
+    assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+    assert twin.layers[0].index.lengths == prefix.layers[0].index.lengths == (29 + 11, 20 + 11)
 
 
 @pytest.mark.parametrize("change", [dict(meta_dtype="int8"), dict(clustering="faiss"), dict(max_cluster=5)], ids=str)
