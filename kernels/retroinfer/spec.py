@@ -153,8 +153,8 @@ def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     Each value is at most half a step off. One that is not finite makes its row's step so.
     """
     step = (x.abs().amax(-1) * ((1 + 2**-8) / 127)).to(torch.bfloat16)
-    counts = x / step.masked_fill(step == 0, 1).to(x.dtype)[..., None]
-    return counts.round_().nan_to_num_(0).clamp_(-127, 127).to(torch.int8), step
+    counts = (x / step.to(x.dtype)[..., None]).round_().nan_to_num_(0)  # the cast of a NaN is anybody's guess
+    return counts.clamp_(-127, 127).to(torch.int8), step
 
 
 def from_int8(x: Tensor, steps: Tensor, kind: int) -> Tensor:
