@@ -29,7 +29,7 @@ def fit(x: Tensor, count: int, iterations: int) -> Tensor:
         check_input_data_for_NaNs=False, gpu=int(x.is_cuda and faiss.get_num_gpus() > 0),
     )  # fmt: skip
     found, threads = torch.empty_like(begin), faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(torch.get_num_threads())  # its OpenMP is its own
+    faiss.omp_set_num_threads(torch.get_num_threads())  # imported before torch, it has an OpenMP of its own
     try:
         for target, (keys, first) in zip(found, problems, strict=True):
             means = faiss.Kmeans(x.shape[2], count, **options)

@@ -135,6 +135,15 @@ def test_full_layers_stay_dense():
     assert torch.equal(scores[:, 0], generate(model, ids, mask, cache_of(model), max_new_tokens=1)[1][:, 0])
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_without_a_cache_it_is_dense(padding):
+    model, (ids, mask) = wave(), inputs(padding)
+    options = dict(attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
+    expected = dense(model, lambda: model(ids, **options).logits)
+    real = mask.bool()
+    torch.testing.assert_close(model(ids, **options).logits[real], expected[real], rtol=1e-6, atol=1e-6)
+
+
 def test_only_layers_without_a_window_have_an_index():
     kinds = [type(layer).__name__ for layer in cache_of(build("gpt_oss")).layers]
     assert kinds == ["DynamicSlidingWindowLayer", "WaveLayer", "DynamicSlidingWindowLayer"]

@@ -1,6 +1,9 @@
 """`WaveConfig(clustering="faiss")`: as good clusters as ours, fed through the same index."""
 
 import builtins
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from attnlab.testing import gaussian
 from tests.wave_stores import planted
 
 faiss = pytest.importorskip("faiss")
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = WaveConfig(sink=2, local=5, segment=40, tokens_per_cluster=4, iterations=4, update_every=12)
 FAISS = WaveConfig(**CONFIG.__dict__ | dict(clustering="faiss"))
@@ -93,10 +98,22 @@ def test_singletons_and_half_precision():
     assert half.clusters == WaveIndex.build(K.half(), V.half(), CONFIG).clusters
 
 
-def test_threads_are_left_as_they_were():
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
-    WaveIndex.build(K, V, FAISS)
-    assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == before
+def test_faiss_takes_our_threads_and_gives_its_own_back():
+    """Imported first, faiss has an OpenMP of its own beside torch's; later it shares torch's."""
+    script = """
+import faiss, torch
+from attnlab import WaveConfig, WaveIndex
+real, seen = faiss.Kmeans, set()
+faiss.Kmeans = lambda *args, **options: seen.add(faiss.omp_get_max_threads()) or real(*args, **options)
+faiss.omp_set_num_threads(3)
+torch.set_num_threads(2)
+k = torch.randn(1, 100, 1, 8)
+a, b = (WaveIndex.build(k, k, WaveConfig(local=4, clustering=name)).store.tokens for name in ("faiss", "native"))
+assert seen == {2} and torch.equal(a, b)
+assert (faiss.omp_get_max_threads(), torch.get_num_threads()) == (3, 2)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
