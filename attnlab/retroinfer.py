@@ -11,7 +11,7 @@ from .dispatch import Call, check_bool, check_scale, pick
 from .kernels.retroinfer.spec import Attended, Query, Spec, Store, part
 from .packs import without_autocast
 from .wave_config import check_choice, check_share
-from .wave_index import BACKENDS, WaveIndex
+from .wave_index import WaveIndex, serving
 
 SELECTORS = ("wave", "full", "oracle", "quest", "cluster")
 
@@ -87,7 +87,7 @@ def wave_attention(
     check_bool(fn, "return_lse", return_lse)
     check_bool(fn, "return_error_bound", return_error_bound)
     scale = check_scale(fn, scale, q.shape[3])
-    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, BACKENDS)
+    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, serving(config))
     most, error = max(index.clusters), config.max_error if config.budget == "adaptive" else 0.0
     width = most if error else part(retrieval, most)
     query = Query(scale, config.group_reduce, config.weight_by_size, estimation, width, error, return_error_bound)
@@ -158,6 +158,7 @@ def _wave(
     centroids: Tensor,
     value_means: Tensor,
     radius: Tensor,
+    steps: Tensor,
     offsets: Tensor,
     tokens: Tensor,
     k: Tensor,
@@ -188,8 +189,9 @@ def _wave(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     store = Store(
-        centroids, value_means, radius, offsets, tokens, k, v, k_steady, v_steady, lengths, indexed, clusters, budgets
-    )
+        centroids, value_means, radius, steps, offsets, tokens, k, v, k_steady, v_steady, lengths, indexed, clusters,
+        budgets,
+    )  # fmt: skip
     spec = Spec(sink, local, segment, tokens_per_cluster, iterations, global_pass, max_cluster, update_every)
     query = Query(scale, reduce, weight_by_size, estimation, k_slots, max_error, bounds)
     if selector != "wave" or token_budget is not None:

@@ -11,6 +11,8 @@ CHOICES = {
     "estimation": ("ratio", "all", "none"),
     "group_reduce": ("sum", "mean", "max"),
     "budget": ("fixed", "adaptive"),
+    "clustering": ("native", "faiss"),
+    "meta_dtype": (None, "int8"),
 }
 
 
@@ -32,6 +34,9 @@ class WaveConfig:
         weight_by_size: rank by a cluster's share of the mass instead of by its centroid's.
         budget: `"fixed"`; `"adaptive"` reads further clusters until the bound on what is unread is below `max_error`.
         max_error: share of the attention mass, in `(0, 1)`.
+        clustering: `"native"`; `"faiss"`, centroids by `faiss.Kmeans(spherical=True)` from the same start, of finite
+            keys only (`pip install attnlab[faiss-cpu]` or `attnlab[faiss-gpu]`).
+        meta_dtype: `"int8"`: mean keys and values are kept in 8 bits, with a scale each; None: in the keys' dtype.
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what came.
@@ -52,6 +57,8 @@ class WaveConfig:
     weight_by_size: bool = False
     budget: str = "fixed"
     max_error: float = 0.05
+    clustering: str = "native"
+    meta_dtype: str | None = None
 
     def __post_init__(self) -> None:
         fn = "WaveConfig"
@@ -80,6 +87,11 @@ class WaveConfig:
             self.sink, self.local, self.segment, self.tokens_per_cluster, self.iterations,
             self.final_pass == "global", self.max_cluster or 0, self.update_every,
         )  # fmt: skip
+
+
+def kernel_reasons(config: WaveConfig) -> list[str]:
+    """Why backends other than reference and portable cannot serve an index of this configuration."""
+    return [f"meta_dtype={config.meta_dtype!r} is for reference and portable only"] if config.meta_dtype else []
 
 
 def check_choice(fn: str, name: str, value: Any) -> None:

@@ -19,8 +19,8 @@ from .wave_reference import steady_positions
 if TYPE_CHECKING:
     from .wave_index import WaveIndex
 
-FORMAT, VERSION = "attnlab.WaveIndex", "1"
-CLUSTERS, MEMBERS = ("centroids", "value_means", "radius"), ("tokens", "k", "v")
+FORMAT, VERSION = "attnlab.WaveIndex", "2"
+CLUSTERS, MEMBERS = ("centroids", "value_means", "radius", "steps"), ("tokens", "k", "v")
 
 
 class Rows(NamedTuple):

@@ -8,14 +8,25 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import wave_file, wave_reference
+from . import wave_faiss, wave_file, wave_reference
 from .dispatch import MAX_HEAD_DIM, Call, Reasons, check_int, pick, portable_reasons, reference_reasons
 from .kernels.retroinfer.spec import Plan, Spec, Store, allocate, budget, places, plan
 from .packs import without_autocast
-from .wave_config import WaveConfig
+from .wave_config import WaveConfig, kernel_reasons
 
 BACKENDS: dict[str, Reasons] = {"portable": portable_reasons, "reference": reference_reasons}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def serving(config: WaveConfig) -> dict[str, Reasons]:
+    """The backends, with the reasons an index's configuration adds."""
+    why = kernel_reasons(config)
+
+    def also(reasons: Reasons) -> Reasons:
+        return lambda call: reasons(call) + why
+
+    plain = ("portable", "reference")
+    return {name: reasons if name in plain or not why else also(reasons) for name, reasons in BACKENDS.items()}
 
 
 class WaveIndex:
@@ -63,10 +74,13 @@ class WaveIndex:
         if dtype not in DTYPES:
             raise TypeError(f"WaveIndex: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         config = _check_config(config)
+        if config.clustering == "faiss":
+            wave_faiss.library()
         device = torch.device(torch.get_default_device() if device is None else device)
-        self.backend = pick(Call("WaveIndex", device, dtype, head_dim), backend, BACKENDS)
+        self.backend = pick(Call("WaveIndex", device, dtype, head_dim), backend, serving(config))
         self.config, self.capacity, self._spec = config, capacity, config.spec
-        self.store: Store = allocate(batch, kv_heads, head_dim, capacity, self._spec, dtype, device)
+        int8 = config.meta_dtype == "int8"
+        self.store: Store = allocate(batch, kv_heads, head_dim, capacity, self._spec, dtype, device, int8)
         self._budgets: dict[tuple[float, float, str], Tensor] = {}
         self._lengths, self._indexed, self._clusters = [0] * batch, [0] * batch, [0] * batch
         self._count()
@@ -127,6 +141,10 @@ class WaveIndex:
         most = [k.shape[1]] * self.batch
         counts = most if lengths is None else _per_row(fn, "lengths", lengths, most)
         self._take(fn, k, v, [0] * self.batch, counts)
+
+    def row(self, b: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of row `b` in the order they came, `[t, G, D]` each: copies."""
+        return wave_reference.in_order(self.store, b, self._lengths[b], self._indexed[b], self._spec)
 
     def reset(self) -> None:
         """Empty all rows; storage, capacity and configuration stay."""
@@ -190,7 +208,7 @@ class WaveIndex:
     @property
     def meta_bytes(self) -> int:
         """Bytes of the meta index: mean key, mean value, size and radius of each cluster."""
-        per_slot = (self.store.centroids, self.store.value_means, self.store.radius, self.store.offsets)
+        per_slot = (getattr(self.store, name) for name in ("centroids", "value_means", "radius", "steps", "offsets"))
         width = sum(x[0, 0, :1].nbytes for x in per_slot)
         return sum(self._clusters) * self.store.k.shape[1] * width
 
@@ -252,7 +270,7 @@ class WaveIndex:
             firsts = {b: b * tokens + begins[b] + max(0, spec.sink - self._lengths[b]) for b in due}
             ranges = [(b, firsts[b], firsts[b] + waiting) for b, waiting in due.items()]
         call = plan(spec, ranges, self._clusters)
-        _extend(source_k, source_v, self.store, call, spec, self.backend)
+        _extend(source_k, source_v, self.store, call, spec, self.backend, self.config.clustering)
         for (b, start, end), added in zip(ranges, call.slots, strict=True):
             self._indexed[b] += end - start
             self._clusters[b] += added
@@ -287,8 +305,12 @@ def _portable() -> ModuleType:
 
 
 @without_autocast
-def _extend(k: Tensor, v: Tensor, store: Store, call: Plan, spec: Spec, backend: str) -> None:
-    labels = wave_reference.kmeans(k, call, spec) if backend == "reference" else None
+def _extend(k: Tensor, v: Tensor, store: Store, call: Plan, spec: Spec, backend: str, clustering: str) -> None:
+    labels = None
+    if clustering == "faiss":
+        labels = wave_faiss.kmeans(k, call, spec)
+    elif backend == "reference":
+        labels = wave_reference.kmeans(k, call, spec)
     _portable().extend(store, k, v, call, spec, labels)
 
 

@@ -39,30 +39,37 @@ def steady_positions(length: int, indexed: int, spec: Spec, device: torch.device
     return t[(t < spec.sink) | (t >= spec.sink + indexed)]
 
 
-def token_order(store: Store, row: int, length: int, indexed: int, spec: Spec) -> Row:
+def in_order(store: Store, row: int, length: int, indexed: int, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Keys and values of a row as they came, `[t, G, D]`."""
     heads = torch.arange(store.k.shape[1], device=store.k.device)[:, None]
     tokens = store.tokens[row, :, :indexed].long()
     kept = steady_positions(length, indexed, spec, store.k.device)
     at = places(kept, spec)
 
     def whole(clustered: Tensor, steady: Tensor) -> Tensor:
-        x = clustered.new_zeros(length, clustered.shape[1], clustered.shape[3])
+        x = clustered.new_empty(length, clustered.shape[1], clustered.shape[3])
         x[tokens, heads] = clustered[row, :, :indexed]
         x[kept] = steady[row, :, at].transpose(0, 1)
         return x
 
+    return whole(store.k, store.k_steady), whole(store.v, store.v_steady)
+
+
+def token_order(store: Store, row: int, length: int, indexed: int, spec: Spec) -> Row:
+    tokens = store.tokens[row, :, :indexed].long()
     labels = torch.zeros_like(tokens)
     slots = torch.arange(store.offsets.shape[2] - 1, device=store.k.device)
     for g, sizes in enumerate(store.sizes[row].long()):
         labels[g, tokens[g] - spec.sink] = slots.repeat_interleave(sizes)
-    return Row(whole(store.k, store.k_steady), whole(store.v, store.v_steady), labels)
+    return Row(*in_order(store, row, length, indexed, spec), labels)
 
 
-def regrouped(row: Row, clusters: int, spec: Spec) -> reference.Index:
-    """The meta index that the row's grouping implies, from its tokens in the accumulation dtype."""
+def regrouped(row: Row, clusters: int, spec: Spec, int8: bool) -> reference.Index:
+    """The meta index that the row's grouping implies, from its tokens in the accumulation dtype; `int8`: rounded."""
     kept = reference.empty_index(row.k).centroids.new_zeros(clusters, row.k.shape[2])
     part = slice(spec.sink, spec.sink + row.labels.shape[1])
-    heads = [reference.summarise(row.k[part, g], row.v[part, g], labels, kept) for g, labels in enumerate(row.labels)]
+    keys, values = (x[part].unbind(1) for x in (row.k, row.v))
+    heads = [reference.summarise(*x, kept, int8) for x in zip(keys, values, row.labels, strict=True)]
     return reference.Index(row.labels, *(torch.stack(x) for x in zip(*heads, strict=True)))
 
 
@@ -77,12 +84,13 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec) -> Attended:
     lse, lower, upper = (torch.zeros(q.shape[:2], dtype=acc, device=q.device) for _ in range(3))
     lse += -torch.inf
     chosen = torch.full((*store.k.shape[:2], query.k_slots), -1, dtype=torch.int32, device=q.device)
+    int8 = store.centroids.dtype == torch.int8
     for b, (length, indexed, clusters, k, e) in enumerate(counts(store)):
         if length == 0:
             continue
         row = token_order(store, b, length, indexed, spec)
         found = reference.wave_attention(
-            q[b], row.k, row.v, regrouped(row, clusters, spec), options(spec), scale=query.scale,
+            q[b], row.k, row.v, regrouped(row, clusters, spec, int8), options(spec), scale=query.scale,
             retrieval_ratio=k / max(clusters, 1), estimation_ratio=e / max(clusters, 1), estimation=query.estimation,
             group_reduce=query.reduce, weight_by_size=query.weight_by_size, max_error=query.max_error or None,
         )  # fmt: skip
@@ -97,12 +105,13 @@ def select(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, bud
     """Each row by the reference's selectors, as `attend`."""
     out, acc = torch.zeros_like(q), torch.promote_types(q.dtype, torch.float32)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
+    int8 = store.centroids.dtype == torch.int8
     for b, (length, indexed, clusters, _, e) in enumerate(counts(store)):
         if length:
             row = token_order(store, b, length, indexed, spec)
             out[b], lse[b], _ = reference.select_attention(
-                q[b], row.k, row.v, regrouped(row, clusters, spec), options(spec), selector=selector, budget=budget,
-                scale=query.scale, estimation_ratio=e / max(clusters, 1), estimation=query.estimation,
+                q[b], row.k, row.v, regrouped(row, clusters, spec, int8), options(spec), selector=selector,
+                budget=budget, scale=query.scale, estimation_ratio=e / max(clusters, 1), estimation=query.estimation,
                 group_reduce=query.reduce,
             )  # fmt: skip
     return out, lse

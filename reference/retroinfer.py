@@ -36,6 +36,7 @@ class Index(NamedTuple):
     value_sums: Tensor  # [g, n, d]
     sizes: Tensor  # [g, n] int32
     radius: Tensor  # [g, n] largest distance of a member to the centroid
+    slack: Tensor  # [g, n] largest distance the mean key can have to the centroid: 0 unless it was rounded
 
     @property
     def indexed(self) -> int:
@@ -129,21 +130,34 @@ def split(labels: Tensor, centroids: Tensor, most: int) -> State:
     return (pieces.cumsum(0) - pieces)[labels] + place // most, torch.cat([kept, unused])
 
 
-def summarise(k: Tensor, v: Tensor, labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centroids, value sums, sizes and radii of one head's clusters; an empty one keeps its row of `kept [n, d]`."""
+def summarise(k: Tensor, v: Tensor, labels: Tensor, kept: Tensor, int8: bool = False) -> tuple[Tensor, ...]:
+    """All of an `Index` but the labels, of one head; an empty cluster keeps its row of `kept [n, d]`.
+
+    `int8`: mean keys and values are those that 8 bits keep.
+    """
     k, v = k.to(kept.dtype), v.to(kept.dtype)
     sizes = labels.bincount(minlength=len(kept))
     means = total(k, labels, len(kept)) / sizes.clamp(min=1)[:, None]
-    centroids = torch.where(sizes[:, None] > 0, means, kept)
+    centroids, sums, slack = torch.where(sizes[:, None] > 0, means, kept), total(v, labels, len(kept)), kept[:, 0] * 0
+    if int8:
+        centroids, step = rounded(centroids)
+        slack = step * math.sqrt(kept.shape[1]) / 2
+        sums = rounded(sums / sizes.clamp(min=1)[:, None])[0] * sizes[:, None]
     distance = (k - centroids[labels]).norm(dim=-1)
     radius = torch.zeros_like(kept[:, 0]).scatter_reduce_(0, labels, distance, "amax")
-    return centroids, total(v, labels, len(kept)), sizes.int(), radius
+    return centroids, sums, sizes.int(), radius, slack
+
+
+def rounded(x: Tensor) -> State:
+    """Rows `x [n, d]` as int8 keeps them, in steps of the row's own, and the steps `[n]`: bfloat16, rounded up."""
+    step = (x.abs().amax(-1) / 127 * (1 + 2**-8)).bfloat16().to(x.dtype)
+    return (x / step.masked_fill(step == 0, 1)[:, None]).round().clamp(-127, 127) * step[:, None], step
 
 
 def empty_index(k: Tensor) -> Index:
     _, g, d = k.shape
     none = torch.zeros(g, 0, d, dtype=accumulation_dtype(k), device=k.device)
-    return Index(none[..., 0].long(), none, none, none[..., 0].int(), none[..., 0])
+    return Index(none[..., 0].long(), none, none, none[..., 0].int(), none[..., 0], none[..., 0])
 
 
 def build_index(k: Tensor, v: Tensor, options: Options, labels: Tensor | None = None) -> Index:
@@ -209,11 +223,17 @@ def cluster_logits(q: Tensor, index: Index, scale: float) -> tuple[Tensor, Tenso
     The least follows from Jensen's inequality, the most from the radius. All are -inf for an empty cluster.
     """
     group = q.shape[0] // index.sizes.shape[0]
-    centroids, sizes, radius = (x.repeat_interleave(group, 0) for x in (index.centroids, index.sizes, index.radius))
-    empty = sizes == 0
+    centroids, empty = (x.repeat_interleave(group, 0) for x in (index.centroids, index.sizes == 0))
+    radius, slack = (x.repeat_interleave(group, 0) for x in (index.radius, index.slack))
     scores = (einsum(q, centroids, "h d, h n d -> h n") * scale).masked_fill(empty, -math.inf)
-    low = scores + sizes.to(q.dtype).clamp(min=1).log()
-    return scores, low, low + abs(scale) * q.norm(dim=-1, keepdim=True) * radius
+    weight, reach = cluster_weights(scores, index), abs(scale) * q.norm(dim=-1, keepdim=True)
+    return scores, weight - reach * slack, weight + reach * radius
+
+
+def cluster_weights(scores: Tensor, index: Index) -> Tensor:
+    """Logarithm of each cluster's mass if all its keys were the centroid, `[h, n]`."""
+    sizes = index.sizes.repeat_interleave(len(scores) // len(index.sizes), 0)
+    return scores + sizes.to(scores.dtype).clamp(min=1).log()
 
 
 def steady_zone(tokens: int, index: Index, options: Options) -> Tensor:
@@ -230,13 +250,13 @@ def exact_state(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> 
     return out[0, 0], lse[0, 0]
 
 
-def estimated_state(low: Tensor, index: Index, estimated: Tensor) -> State:
+def estimated_state(weight: Tensor, index: Index, estimated: Tensor) -> State:
     """Clusters in `estimated [g, n]` as if each member's key were the centroid: `sum exp(q c) VS / sum s exp(q c)`."""
-    group = low.shape[0] // len(estimated)
+    group = weight.shape[0] // len(estimated)
     mask = estimated.repeat_interleave(group, 0)
     means = (index.value_sums / index.sizes.clamp(min=1)[..., None]).repeat_interleave(group, 0)
-    lse = low.masked_fill(~mask, -math.inf).logsumexp(-1)
-    weights = (low - lse.masked_fill(lse == -math.inf, 0.0)[:, None]).exp()
+    lse = weight.masked_fill(~mask, -math.inf).logsumexp(-1)
+    weights = (weight - lse.masked_fill(lse == -math.inf, 0.0)[:, None]).exp()
     return einsum(weights.masked_fill(~mask, 0), means.masked_fill(~mask[..., None], 0), "h n, h n d -> h d"), lse
 
 
@@ -252,11 +272,11 @@ def zone_states(
 ) -> State:
     """The states of the steady, retrieval (`read [g, indexed]`) and estimation zone, `[3, h, d]` and `[3, h]`."""
     steady = steady_zone(len(k), index, options).expand(k.shape[1], -1)
-    low = cluster_logits(q, index, scale)[1]
+    weight = cluster_weights(cluster_logits(q, index, scale)[0], index)
     outs, lses = zip(
         exact_state(q, k, v, steady, scale),
         exact_state(q, k, v, token_mask(len(k), read, options), scale),
-        estimated_state(low, index, estimated),
+        estimated_state(weight, index, estimated),
         strict=True,
     )
     return torch.stack(outs), torch.stack(lses)
@@ -305,7 +325,7 @@ def wave_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     present, count = index.sizes > 0, index.sizes.shape[1]
     scores, low, high = cluster_logits(q, index, scale)
-    order = rank(low if weight_by_size else scores, present, len(present), group_reduce)
+    order = rank(cluster_weights(scores, index) if weight_by_size else scores, present, len(present), group_reduce)
     wanted = torch.full_like(order[:, :1].sum(1), part(retrieval_ratio, count))
     if max_error is not None:
         steady = steady_zone(len(k), index, options).expand(k.shape[1], -1)

@@ -28,7 +28,7 @@ site.addsitedir(sys.argv[1])
 import attnlab
 root = attnlab.__path__[0]
 files = sorted(os.path.relpath(os.path.join(d, f), root) for d, _, fs in os.walk(root, followlinks=True) for f in fs)
-files = [f for f in files if f.endswith((".py", ".cu", ".cuh", "py.typed", "verified.json"))]
+files = [f for f in files if f.endswith((".py", ".cu", ".cuh", ".c", ".h", "py.typed", "verified.json"))]
 modules = [
     ".".join(["attnlab", *f.removesuffix(".py").removesuffix("__init__").strip(os.sep).split(os.sep)]).strip(".")
     for f in files if f.endswith(".py")
@@ -38,10 +38,13 @@ for name in ("attnlab.rope", "attnlab.kernels.moba.spec", "attnlab.reference.mob
     importlib.import_module(name)
 from importlib import resources
 data = json.loads(resources.files("attnlab.kernels").joinpath("verified.json").read_text())
-cuda = sorted(p.name for p in resources.files("attnlab.kernels.cuda").iterdir() if p.name.endswith(".cu"))
+device = {}
+for n in ("cuda", "cpu"):
+    names = (p.name for p in resources.files("attnlab.kernels." + n).iterdir())
+    device[n] = sorted(name for name in names if not name.endswith((".py", "__")))
 kernels = importlib.import_module("kernels")
 print(json.dumps({
-    "root": os.path.realpath(root), "files": files, "missing": missing, "data": sorted(data), "cuda": cuda,
+    "root": os.path.realpath(root), "files": files, "missing": missing, "data": sorted(data), "device": device,
     "theirs": getattr(kernels, "SOMEONE_ELSE", False),
     "ours": os.path.realpath(sys.modules["attnlab.kernels.moba.spec"].__file__),
 }))
@@ -112,7 +115,7 @@ def looks(tree: Path, wheel: Path, wheel_from_sdist: Path) -> dict[str, dict]:
 
 def in_tree(tree: Path) -> list[str]:
     """Every file users need, by its place in the package."""
-    wanted = re.compile(r"\.(py|cu|cuh)$|py\.typed$|verified\.json$")
+    wanted = re.compile(r"\.(py|cu|cuh|c|h)$|py\.typed$|verified\.json$")
     roots = [("", tree / "attnlab"), *((f"{name}/", tree / name) for name in FOLDERS[1:])]
     return sorted(
         prefix + str(p.relative_to(root)) for prefix, root in roots for p in root.rglob("*") if wanted.search(p.name)
@@ -125,7 +128,8 @@ def test_every_way_gives_the_same(looks: dict[str, dict], tree: Path, way: str) 
     assert sorted(seen["files"]) == sorted(set(in_tree(tree)))
     assert seen["missing"] == []
     assert seen["data"] == sorted(json.loads((tree / "kernels" / "verified.json").read_text()))
-    assert seen["cuda"] == sorted(p.name for p in (tree / "kernels" / "cuda").glob("*.cu"))
+    for folder, names in seen["device"].items():
+        assert names == sorted(p.name for p in (tree / "kernels" / folder).glob("*.[ch]*"))
     home = tree if way in ("editable", "checkout") else tree.parent / way / "attnlab"
     assert Path(seen["ours"]) == (home / "kernels" / "moba" / "spec.py").resolve()
 

@@ -291,7 +291,7 @@ def altered(data, how):
     header = json.loads(data[8 : 8 + size])
     meta = header["__metadata__"]
     if how == "version":
-        meta["version"] = "2"
+        meta["version"] = "1"
     elif how == "format":
         del meta["format"]
     elif how == "facts":
@@ -314,7 +314,7 @@ def altered(data, how):
         (lambda d: d[:-3] + bytes([d[-3] ^ 1]) + d[-2:], "was altered: its checksum does not fit"),
         (lambda d: altered(d, "config"), "was altered: its checksum does not fit"),
         (lambda d: altered(d, "tensors"), "was altered: its checksum does not fit"),
-        (lambda d: altered(d, "version"), "has version '2', this one reads '1'"),
+        (lambda d: altered(d, "version"), "has version '1', this one reads '2'"),
         (lambda d: altered(d, "format"), "is no saved WaveIndex"),
         (lambda d: altered(d, "facts"), "is no saved WaveIndex"),
     ],

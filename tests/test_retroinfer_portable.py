@@ -7,7 +7,7 @@ import torch
 
 from attnlab.kernels.retroinfer import portable
 from attnlab.kernels.retroinfer.portable_kmeans import assign
-from attnlab.kernels.retroinfer.spec import Spec, plan
+from attnlab.kernels.retroinfer.spec import Spec, Store, plan
 from attnlab.reference import retroinfer as reference
 from tests.wave_stores import LENGTHS, SPEC, Rows, ask, build, index_of, labels_of, options, planted, rows
 
@@ -124,7 +124,7 @@ def test_growing_leaves_older_clusters_alone() -> None:
     x = rows([90, 90])
     start = Rows(x.q, [x.k[0][:61], x.k[1][:40]], [x.v[0][:61], x.v[1][:40]])
     store = build(start, room=60)
-    before = [t.clone() for t in store]
+    before = Store(*(t.clone() for t in store))
     indices = [index_of(start, store, b) for b in range(2)]
     for t in range(29):
         at = [61 + t, 40 + t]
@@ -146,11 +146,9 @@ def test_growing_leaves_older_clusters_alone() -> None:
                 indices[b] = reference.extend_index(indices[b], x.k[b][:n], x.v[b][:n], options(SPEC), fresh)
     assert store.indexed.tolist() == [54 + 24, 33 + 24]
     for b in range(2):
-        count, held = int(before[-2][b]), int(before[-3][b])
-        for i in (0, 1, 2):
-            assert torch.equal(store[i][b, :, :count], before[i][b, :, :count])
-        for i in (4, 5, 6):
-            assert torch.equal(store[i][b, :, :held], before[i][b, :, :held])
+        for names, n in (("centroids value_means radius", before.clusters[b]), ("tokens k v", before.indexed[b])):
+            for name in names.split():
+                assert torch.equal(getattr(store, name)[b, :, :n], getattr(before, name)[b, :, :n])
     now = Rows(x.q, [x.k[0], x.k[1][:69]], [x.v[0], x.v[1][:69]])
     got = ask(now, store)
     for b, index in enumerate(indices):

@@ -34,10 +34,10 @@ def rows(
     return Rows(x.q[:, 0], *([y[b, :n] for b, n in enumerate(lengths)] for y in (x.k, x.v)))
 
 
-def build(x: Rows, spec: Spec = SPEC, room: int = 0, labels: Tensor | None = None) -> Store:
+def build(x: Rows, spec: Spec = SPEC, room: int = 0, labels: Tensor | None = None, int8: bool = False) -> Store:
     """The store of whole rows, clustered in one call over a ragged source."""
     lengths = [len(k) for k in x.k]
-    store = allocate(len(lengths), x.k[0].shape[1], x.q.shape[2], max(lengths) + room, spec, x.q.dtype, "cpu")
+    store = allocate(len(lengths), x.k[0].shape[1], x.q.shape[2], max(lengths) + room, spec, x.q.dtype, "cpu", int8)
     ranges, at = [], 0
     for b, n in enumerate(lengths):
         ranges.append((b, at + min(n, spec.sink), at + max(min(n, spec.sink), n - spec.local)))

@@ -5,6 +5,12 @@
     attnlab.hf.set_plan(model, attnlab.hf.MoBAPlan(block_size=512, topk=8, full_layers="last:3"))
     model.generate(**inputs, past_key_values=attnlab.hf.MoBADynamicCache(model.config))
 
+RetroInfer decodes over a `WaveCache`, whose layers hold a `WaveIndex` each:
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="attnlab_wave")
+    cache = attnlab.hf.WaveCache(model.config, attnlab.WaveConfig(), max_length=131072)
+    model.generate(**inputs, past_key_values=cache)
+
 `attn_implementation="attnlab_full"` is dense attention through this library, as a baseline.
 """
 
@@ -15,14 +21,31 @@ from .plan import MoBAPlan, get_plan, set_plan
 if TYPE_CHECKING:
     from .attention import DECODE_TOKENS
     from .caches import MoBADynamicCache, MoBALayer
+    from .wave_cache import WaveCache
 
-__all__ = ["DECODE_TOKENS", "MoBADynamicCache", "MoBALayer", "MoBAPlan", "get_plan", "register", "set_plan"]
+__all__ = [
+    "DECODE_TOKENS",
+    "MoBADynamicCache",
+    "MoBALayer",
+    "MoBAPlan",
+    "WaveCache",
+    "get_plan",
+    "register",
+    "set_plan",
+]
 
-_LAZY = {"DECODE_TOKENS": "attention", "MoBADynamicCache": "caches", "MoBALayer": "caches"}
+_LAZY = {
+    "DECODE_TOKENS": "attention",
+    "MoBADynamicCache": "caches",
+    "MoBALayer": "caches",
+    "WaveCache": "wave_cache",
+}
 
 
 def register() -> None:
-    """Make `attnlab_moba` and `attnlab_full` known to transformers, with their mask function. Safe to repeat.
+    """Make `attnlab_moba`, `attnlab_wave` and `attnlab_full` known to transformers, with their mask function.
+
+    Safe to repeat.
 
     Supported: padding on either side, packed sequences (`cu_seq_lens_*` or restarting `position_ids`), grouped heads,
     `scaling`, attention sinks, sliding windows (dense inside the window), encoders, latent attention's two head sizes,
@@ -34,10 +57,11 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as e:
         raise ImportError("attnlab.hf needs transformers (pip install attnlab[hf])") from e
-    from .attention import full_forward, moba_forward
+    from .attention import full_forward, moba_forward, wave_forward
     from .masks import padding_mask
 
-    for name, forward in (("attnlab_moba", moba_forward), ("attnlab_full", full_forward)):
+    for forward in (full_forward, moba_forward, wave_forward):
+        name = f"attnlab_{forward.__name__.removesuffix('_forward')}"
         AttentionInterface.register(name, forward)
         AttentionMaskInterface.register(name, padding_mask)
 

@@ -1,4 +1,4 @@
-"""The attention functions transformers calls: `attnlab_moba` and the dense baseline `attnlab_full`."""
+"""The attention functions transformers calls: `attnlab_moba`, `attnlab_wave` and the dense baseline `attnlab_full`."""
 
 import warnings
 from functools import cache, lru_cache
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnlab import full_attention, moba_attention
+from attnlab import full_attention, moba_attention, wave_attention
 from attnlab.dispatch import Call, check_scale, pick
 from attnlab.moba import DENSE
 from attnlab.moba_decoding import BACKENDS as DECODERS
 from attnlab.moba_decoding import DECODE_QUERIES as DECODE_TOKENS
 
-from .masks import Packing, from_kwargs, packing, pattern
+from .masks import Packing, appended, arrivals, from_kwargs, packing, pattern
 from .plan import MoBAPlan, layer_plan
 
 _REFUSED = {
@@ -23,6 +23,10 @@ _REFUSED = {
     "cache": "continuous batching's paged cache is not supported; use model.generate",
     "block_table": "paged caches are not supported; use model.generate",
 }
+_NO_WAVE_CACHE = (
+    "a decoding step needs past_key_values=attnlab.hf.WaveCache(model.config, max_length=...); models that rework the "
+    "keys their cache returns, such as DeepSeek's, are not supported"
+)
 
 
 def moba_forward(
@@ -33,6 +37,13 @@ def moba_forward(
     `query [B, Hq, Tq, D]`, `key, value [B, Hkv, Tk, D]` -> `[B, Tq, Hq, D]`. Keys are never repeated over heads.
     """
     return _forward("attnlab_moba", layer_plan(module), module, query, key, value, attention_mask, **kwargs), None
+
+
+def wave_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """RetroInfer for single tokens over a `WaveCache`, dense for all else. Shapes as for `moba_forward`."""
+    return _forward("attnlab_wave", None, module, query, key, value, attention_mask, **kwargs), None
 
 
 def full_forward(
@@ -67,9 +78,14 @@ def _forward(
     window = sliding_window if known is None or known.window is None else known.window
     if window is not None and not is_causal:
         raise ValueError(f"{fn}: sliding windows need causal attention, {type(module).__name__} is bidirectional")
-    layer, width = getattr(key, "_attnlab_layer", None), value.shape[-1]
+    layer, wave, width = getattr(key, "_attnlab_layer", None), getattr(key, "_attnlab_wave", None), value.shape[-1]
     q, k, v = _uniform(query, key, value)
     packed = from_kwargs(cu_seq_lens_q, cu_seq_lens_k)
+    if wave:
+        _check_wave(fn, module, is_causal, window, packed)
+        return _wave(q, k, v, wave, attention_mask, position_ids, scaling, s_aux)[..., :width]
+    if fn == "attnlab_wave" and wave is None and is_causal and window is None and q.shape[1] == 1 < k.shape[1]:
+        raise ValueError(f"{fn}: {_NO_WAVE_CACHE}")
     if packed is None:
         packed = packing(attention_mask, position_ids, q.shape[0], q.shape[1], k.shape[1], is_causal)
     elif attention_mask is not None and attention_mask.dtype == torch.bool and not (known and known.trivial):
@@ -122,6 +138,44 @@ def _packed_call(attention: Any, q: Tensor, k: Tensor, v: Tensor, packed: Packin
     if packed.q_index is not None:
         out = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, packed.q_index, out)
     return out.view(q.shape)
+
+
+def _check_wave(fn: str, module: nn.Module, causal: bool, window: int | None, packed: Packing | None) -> None:
+    if fn != "attnlab_wave":
+        raise ValueError(f"{fn}: a WaveCache needs attn_implementation='attnlab_wave'")
+    if packed is not None:
+        raise ValueError(f"{fn}: a WaveCache holds one sequence a row, got cu_seq_lens_q")
+    if not causal or window is not None:
+        raise ValueError(f"{fn}: a WaveCache needs causal attention without a window in {type(module).__name__}")
+
+
+def _wave(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: Any,
+    mask: Tensor | None,
+    position_ids: Any,
+    scale: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """New tokens go into the layer's index; one of a row attends over it, several see all held keys."""
+    (batch, tokens), total = q.shape[:2], layer.get_seq_length()
+    first, packed, backend = tokens == total, None, DENSE.get(layer.backend, layer.backend)
+    if first:
+        packed = packing(mask, position_ids, batch, tokens, tokens, True)
+        if packed is not None and packed.q_index is None:
+            raise ValueError("attnlab_wave: a WaveCache holds one sequence a row, got packed sequences")
+    new = arrivals(mask, batch, tokens, total)
+    index = layer.take(k, v, new)
+    if tokens == 1:
+        state: Any = wave_attention(q, index, scale=scale, return_lse=True, backend=layer.backend)
+        out, lse = state
+        return out if sinks is None else (out * (lse - sinks).sigmoid()[..., None]).to(out.dtype)
+    if not first:
+        packed = appended(new, q.device)
+        k, v = (torch.cat(x)[None] for x in zip(*map(index.row, range(batch)), strict=True))
+    return _packed_call(full_attention, q, k, v, packed, scale=scale, sinks=sinks, backend=backend)
 
 
 def _layer_serves(layer: Any, q: Tensor, k: Tensor, v: Tensor, width: int, packed: Packing | None) -> bool:

@@ -30,6 +30,14 @@ class Packing(NamedTuple):
     starts: tuple[int, ...] | None  # row b's keys are slots starts[b]..Tk-1; None: not of that form
 
 
+class Arrivals(NamedTuple):
+    """What a call adds to rows that a cache holds without their padding."""
+
+    counts: tuple[int, ...]  # real tokens among each row's new ones,
+    totals: tuple[int, ...]  # and among all of the row's
+    real: Tensor | None  # [B, Tq] bool; None: all new ones are
+
+
 _SUPPORTED = "attnlab supports causal, bidirectional and sliding-window masks with padding or packed sequences"
 
 
@@ -111,18 +119,42 @@ def packing(mask: Tensor | None, position_ids: Any, batch: int, tq: int, tk: int
             return None
         source = position_ids
         make: Callable[[Tensor, int, int, bool], Packing | None] = _from_positions
-    elif mask.ndim != 2 or mask.shape[0] not in (1, batch):
-        shape = list(mask.shape)
-        raise ValueError(f"attnlab: custom attention masks are not supported, got one of shape {shape}; {_SUPPORTED}")
-    elif (known := pattern(mask)) is not None and known.trivial:
+    elif _trivial(mask, batch):
         return None
     else:
         source, make = mask, _from_mask
-    key = (0 if source.is_inference() else source._version, batch, tq, tk, causal)
-    kept = getattr(source, "_attnlab_packing", None)
+    return _once(source, "_attnlab_packing", (batch, tq, tk, causal), make)
+
+
+def arrivals(mask: Tensor | None, batch: int, tq: int, total: int) -> Arrivals:
+    """Which of the newest `tq` of `total` columns are real; computed once per forward pass, as `packing`."""
+    if mask is None or _trivial(mask, batch):
+        return Arrivals((tq,) * batch, (total,) * batch, None)
+    return _once(mask, "_attnlab_arrivals", (batch, tq, total), _arrivals)
+
+
+def appended(new: Arrivals, device: torch.device) -> Packing:
+    """The new tokens as queries of packed rows that they end."""
+    cu_q, cu_k = (_cumulative(torch.tensor(x, device=device)) for x in (new.counts, new.totals))
+    index = None if new.real is None else new.real.flatten().nonzero().squeeze(1)
+    return Packing(cu_q, cu_k, index, None, None)
+
+
+def _trivial(mask: Tensor, batch: int) -> bool:
+    """Whether a mask hides nothing; ones of any other shape than `[B, T]` are refused."""
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch):
+        shape = list(mask.shape)
+        raise ValueError(f"attnlab: custom attention masks are not supported, got one of shape {shape}; {_SUPPORTED}")
+    return (known := pattern(mask)) is not None and known.trivial
+
+
+def _once(source: Tensor, name: str, key: tuple[Any, ...], make: Callable[..., Any]) -> Any:
+    """`make(source, *key[1:])` for `key[0]` rows, kept on `source` until it changes."""
+    key = (0 if source.is_inference() else source._version, *key)
+    kept = getattr(source, name, None)
     if kept is None or kept[0] != key:
-        kept = (key, make(source.expand(batch, -1), tq, tk, causal))
-        source._attnlab_packing = kept  # type: ignore[attr-defined]
+        kept = (key, make(source.expand(key[1], -1), *key[2:]))
+        setattr(source, name, kept)
     return kept[1]
 
 
@@ -141,11 +173,24 @@ def _encode(segments: Tensor) -> Tensor:
 
 
 def _from_mask(mask: Tensor, tq: int, tk: int, causal: bool) -> Packing:
+    return _from_segments(mask, tq, tk) if _encoded(mask) else _from_padding(mask.bool(), tq, tk, causal)
+
+
+def _arrivals(mask: Tensor, tq: int, total: int) -> Arrivals:
+    if _encoded(mask):
+        raise ValueError("attnlab: packed sequences cannot go on from a cache that holds one sequence a row")
+    if mask.shape[1] != total:
+        raise ValueError(f"attnlab: the attention mask covers {mask.shape[1]} tokens, but there are {total}")
+    real = mask[:, total - tq :].bool()
+    counts, totals = torch.stack([real.sum(1), mask.bool().sum(1)]).tolist()
+    return Arrivals(tuple(counts), tuple(totals), None if min(counts) == tq else real)
+
+
+def _encoded(mask: Tensor) -> bool:
+    """Whether a mask is of packed sequences, see `_encode`."""
     if mask.dtype.is_floating_point:
         raise ValueError(f"attnlab: additive attention masks are not supported, got one of {mask.dtype}; {_SUPPORTED}")
-    if mask.dtype == torch.int32 and bool((mask < 0).all()):
-        return _from_segments(mask, tq, tk)
-    return _from_padding(mask.bool(), tq, tk, causal)
+    return mask.dtype == torch.int32 and bool((mask < 0).all())
 
 
 def _from_padding(mask: Tensor, tq: int, tk: int, causal: bool) -> Packing:

@@ -45,7 +45,7 @@ class MoBAPlan:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"MoBAPlan: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        object.__setattr__(self, "full_layers", _full_layers(self.full_layers))
+        object.__setattr__(self, "full_layers", _full_layers("MoBAPlan", self.full_layers))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -65,19 +65,25 @@ class MoBAPlan:
 
     def dense_layers(self, num_layers: int) -> frozenset[int]:
         """The layers `full_layers` names, in a model of `num_layers`."""
-        if self.full_layers is None:
-            return frozenset()
-        if isinstance(self.full_layers, str):
-            end, count = self.full_layers.split(":")
-            if int(count) > num_layers:
-                raise ValueError(f"MoBAPlan: full_layers={self.full_layers!r}, but the model has {num_layers} layers")
-            return frozenset(range(int(count)) if end == "first" else range(num_layers - int(count), num_layers))
-        if outside := [i for i in self.full_layers if i >= num_layers]:
-            raise ValueError(f"MoBAPlan: full_layers names layers {outside}, but the model has {num_layers} layers")
-        return frozenset(self.full_layers)
+        return named_layers("MoBAPlan", self.full_layers, num_layers)
 
 
-def _full_layers(value: Any) -> str | tuple[int, ...] | None:
+def named_layers(fn: str, full_layers: Any, num_layers: int) -> frozenset[int]:
+    """The layers that a `full_layers` of `fn` names, in a model of `num_layers`."""
+    full_layers = _full_layers(fn, full_layers)
+    if full_layers is None:
+        return frozenset()
+    if isinstance(full_layers, str):
+        end, count = full_layers.split(":")
+        if int(count) > num_layers:
+            raise ValueError(f"{fn}: full_layers={full_layers!r}, but the model has {num_layers} layers")
+        return frozenset(range(int(count)) if end == "first" else range(num_layers - int(count), num_layers))
+    if outside := [i for i in full_layers if i >= num_layers]:
+        raise ValueError(f"{fn}: full_layers names layers {outside}, but the model has {num_layers} layers")
+    return frozenset(full_layers)
+
+
+def _full_layers(fn: str, value: Any) -> str | tuple[int, ...] | None:
     if value is None:
         return None
     if isinstance(value, str) and _RANGE.fullmatch(value):
@@ -86,7 +92,7 @@ def _full_layers(value: Any) -> str | tuple[int, ...] | None:
         isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value
     ):
         return tuple(value)
-    raise ValueError(f"MoBAPlan: full_layers must be {_FULL_LAYERS}, got {value!r}")
+    raise ValueError(f"{fn}: full_layers must be {_FULL_LAYERS}, got {value!r}")
 
 
 def set_plan(model: Any, plan: MoBAPlan | dict[str, Any] | None) -> None:
@@ -174,9 +180,13 @@ def _check_fit(plan: MoBAPlan, config: Any) -> None:
     types = getattr(config, "layer_types", None)
     if types is None:
         types = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * count
-    rest = [kind for i, kind in enumerate(types) if i not in dense]
-    if rest and all(kind == "sliding_attention" for kind in rest):
+    check_sparse("set_plan", [kind == "sliding_attention" for i, kind in enumerate(types) if i not in dense])
+
+
+def check_sparse(fn: str, windows: list[bool]) -> None:
+    """Refuse a plan when every layer outside `full_layers` has a window; there may be none outside."""
+    if windows and all(windows):
         raise ValueError(
-            "set_plan: no layer would be sparse, since each one outside full_layers has a sliding window and is local "
+            f"{fn}: no layer would be sparse, since each one outside full_layers has a sliding window and is local "
             "already; config.sliding_window = None (and config.layer_types, where set) takes the windows away"
         )

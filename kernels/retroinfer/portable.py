@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .portable_attend import attend
 from .portable_kmeans import by_label, iterate, kmeans
-from .spec import Plan, Spec, Store, places
+from .spec import Plan, Spec, Store, from_int8, places, to_int8
 
 __all__ = ["attend", "extend", "iterate", "kmeans", "push", "waiting"]
 
@@ -71,9 +71,14 @@ def _append(store: Store, tables: list[Tensor], new: Grouping, first_head: int, 
         run[:, members] = x.view(heads, n, dim)
         x = x.to(acc)
         sums = F.embedding_bag(everything, x, new.begin.flatten(), mode="sum").view(heads, count, dim)
-        means[:, fresh] = (sums / sizes).to(means.dtype)
+        if means.dtype == torch.int8:
+            kind = int(means is store.value_means)
+            means[:, fresh], store.steps[:, fresh, kind] = to_int8(sums / sizes)
+        else:
+            means[:, fresh] = (sums / sizes).to(means.dtype)
         if means is store.centroids:
-            centre = means[:, fresh].to(acc).reshape(-1, dim).index_select(0, (slot + head * count).flatten())
+            centre = from_int8(means[:, fresh], store.steps[:, fresh], 0).to(acc).reshape(-1, dim)
+            centre = centre.index_select(0, (slot + head * count).flatten())
             distance = torch.linalg.vector_norm(centre.sub_(x), dim=-1).view(heads, n)
             store.radius[:, fresh] = distance.new_zeros(heads, count).scatter_reduce_(1, slot, distance, "amax")
     store.offsets[:, held : held + count + 1] = bounds + at

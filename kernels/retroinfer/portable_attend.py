@@ -81,6 +81,8 @@ def look(q: Tensor, store: Store, query: Query) -> Meta:
     sizes = store.offsets[..., : most + 1].diff(dim=-1)
     centroids, live = store.centroids[:, :, :most].to(q.dtype), sizes > 0
     scores = torch.bmm((q * query.scale).flatten(0, 1), centroids.flatten(0, 1).mT).view(*q.shape[:3], most)
+    if quantised := store.centroids.dtype == torch.int8:
+        scores *= store.steps[:, :, None, :most, 0].to(q.dtype)
     scores += torch.zeros_like(live, dtype=q.dtype).masked_fill_(~live, -math.inf)[:, :, None]
     total = scores.logsumexp(-1)
     weight = scores + sizes.to(q.dtype).clamp_(min=1).log_()[:, :, None]
@@ -89,7 +91,10 @@ def look(q: Tensor, store: Store, query: Query) -> Meta:
     reach = abs(query.scale) * torch.linalg.vector_norm(q, dim=-1, keepdim=True)
     low = weight
     if store.centroids.dtype != q.dtype:  # a rounded centroid is not the mean that Jensen's inequality speaks of
-        slack = torch.linalg.vector_norm(centroids, dim=-1) * (torch.finfo(store.centroids.dtype).eps / 2)
+        if quantised:
+            slack = store.steps[:, :, :most, 0].to(q.dtype) * (math.sqrt(q.shape[3]) / 2)
+        else:
+            slack = torch.linalg.vector_norm(centroids, dim=-1) * (torch.finfo(store.centroids.dtype).eps / 2)
         low = weight - reach * slack[:, :, None]
     return Meta(scores, low, weight + reach * store.radius[:, :, None, :most], weight, total, live)
 
@@ -187,7 +192,10 @@ def estimated_state(meta: Meta, store: Store, guessed: Zone) -> State:
     """Clusters as if each member's key were the centroid and its value the mean."""
     index = guessed.index[:, :, None].expand(-1, -1, meta.weight.shape[2], -1)
     scores = meta.weight.gather(3, index).masked_fill_(~guessed.seen[:, :, None], -math.inf)
-    return softmax_state(scores, take(store.value_means, guessed.index).to(scores.dtype))
+    means = take(store.value_means, guessed.index).to(scores.dtype)
+    if store.value_means.dtype == torch.int8:
+        means *= store.steps[..., 1].gather(2, guessed.index)[..., None]
+    return softmax_state(scores, means)
 
 
 def token_state(q: Tensor, k: Tensor, v: Tensor, tokens: Zone, scale: float) -> State:

@@ -4,6 +4,7 @@ Segments of one length are one batch of problems, `x [P, t, D]`, keys minus thei
 cache-sized chunk at a time. Sums follow a stable sort by label, so the same input gives the same bits.
 """
 
+from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -25,15 +26,16 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def kmeans(k: Tensor, plan: Plan, spec: Spec) -> Tensor:
-    """Labels `[G, n]` int32 of keys `[n, G, D]`: slots of the call, -1 outside the plan."""
+def kmeans(k: Tensor, plan: Plan, spec: Spec, fit: Callable[[Tensor, int, int], Tensor] | None = None) -> Tensor:
+    """Labels `[G, n]` int32 of keys `[n, G, D]`: slots of the call, -1 outside the plan.
+
+    `fit(x, count, iterations)` finds the centroids, `lloyd` by default; the final pass follows it.
+    """
     labels = torch.full((k.shape[1], k.shape[0]), -1, dtype=torch.int32, device=k.device)
     found: dict[int, Tensor] = {}
     batches = centred(k, plan)
     for batch in batches:
-        centroids = start(batch.x, plan.clusters[batch.segments[0]])
-        for _ in range(spec.iterations - 1):
-            centroids = update(batch.x, assign(batch.x, centroids), centroids)
+        centroids = (fit or lloyd)(batch.x, plan.clusters[batch.segments[0]], spec.iterations)
         if spec.global_pass:
             found.update(zip(batch.segments, centroids.unflatten(0, (-1, k.shape[1])), strict=True))
         else:
@@ -44,6 +46,14 @@ def kmeans(k: Tensor, plan: Plan, spec: Spec) -> Tensor:
         for (_, begin, end), count in zip(plan.ranges, plan.slots, strict=True):
             labels[:, begin:end] = split(labels[:, begin:end].long(), count, spec.max_cluster).int()
     return labels
+
+
+def lloyd(x: Tensor, count: int, iterations: int) -> Tensor:
+    """Directions `[P, count, D]` after all but the last of `iterations` assignments."""
+    centroids = start(x, count)
+    for _ in range(iterations - 1):
+        centroids = update(x, assign(x, centroids), centroids)
+    return centroids
 
 
 @torch.no_grad()

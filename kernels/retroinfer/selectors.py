@@ -6,7 +6,7 @@ A unit is a token (`oracle`), a page of consecutive tokens (`quest`) or a cluste
 import torch
 from torch import Tensor
 
-from .spec import Query, Spec, Store, cdiv, steady
+from .spec import Query, Spec, Store, cdiv, from_int8, steady
 
 PAGE = 16  # indexed tokens of a page; the last one may have fewer
 
@@ -21,7 +21,7 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, bud
     q = (q.to(torch.promote_types(dtype, torch.float32)) * query.scale).unflatten(1, (heads, -1))  # [B, G, r, D]
     live = (torch.arange(store.k.shape[2], device=device) < store.indexed[:, None, None]).expand(-1, heads, -1)
     sizes = store.sizes
-    members, clusters = _scores(q, store.k, live), _scores(q, store.centroids, sizes > 0)
+    members, clusters = _scores(q, store.k, live), _scores(q, from_int8(store.centroids, store.steps, 0), sizes > 0)
     logits, read, estimated = members, live, torch.zeros_like(sizes, dtype=torch.bool)
     if selector != "full":
         unit, size, logits = _units(q, store, spec, selector, members, clusters)
@@ -39,7 +39,7 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, bud
     out, lse = _softmax(
         torch.cat([_scores(q, store.k_steady, held), _masked(members, read), _masked(clusters + bias, estimated)], 3),
         torch.cat([held, read, estimated], 2),
-        torch.cat([store.v_steady, store.v, store.value_means], 2),
+        torch.cat([x.to(q.dtype) for x in (store.v_steady, store.v, from_int8(store.value_means, store.steps, 1))], 2),
     )
     trace = torch.where(store.indexed[:, None, None] > 0, logits.logsumexp(-1) * 0, 0)  # NaN of any unit shows
     return (out + trace[..., None]).flatten(1, 2).to(dtype), (lse + trace).flatten(1, 2)

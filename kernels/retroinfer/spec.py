@@ -35,9 +35,10 @@ class Spec(NamedTuple):
 class Store(NamedTuple):
     """The index of a batch. An empty slot has size 0 and takes part in nothing; those past `clusters` are empty."""
 
-    centroids: Tensor  # [B, G, C, D] mean of the members' keys
+    centroids: Tensor  # [B, G, C, D] mean of the members' keys, of the keys' dtype or int8
     value_means: Tensor  # [B, G, C, D]
     radius: Tensor  # [B, G, C] largest distance of a member to the stored centroid
+    steps: Tensor  # [B, G, C, 2] bfloat16, what 1 is worth in int8 centroids and value means; [B, G, C, 0]: not int8
     offsets: Tensor  # [B, G, C + 1] int32, exclusive prefix sums of the sizes
     tokens: Tensor  # [B, G, N] int32, the position in the row of each member, in cluster order
     k: Tensor  # [B, G, N, D] in cluster order; in a cluster by position
@@ -55,7 +56,7 @@ class Store(NamedTuple):
 
     @property
     def value_sums(self) -> Tensor:
-        return self.value_means * self.sizes[..., None]
+        return from_int8(self.value_means, self.steps, 1) * self.sizes[..., None]
 
 
 class Plan(NamedTuple):
@@ -146,6 +147,21 @@ def budget(retrieval_ratio: float, estimation_ratio: float, estimation: str, cou
     return k, min(e, count - k)
 
 
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x [..., D]` as int8, and the bfloat16 steps `[...]`, rounded up, so that no value is cut off.
+
+    Each value is at most half a step off. One that is not finite makes its row's step so.
+    """
+    step = (x.abs().amax(-1) * ((1 + 2**-8) / 127)).to(torch.bfloat16)
+    counts = (x / step.to(x.dtype)[..., None]).round_().nan_to_num_(0)  # the cast of a NaN is anybody's guess
+    return counts.clamp_(-127, 127).to(torch.int8), step
+
+
+def from_int8(x: Tensor, steps: Tensor, kind: int) -> Tensor:
+    """Centroids (`kind` 0) or value means (1) as numbers: as they are, or float32 where they are int8."""
+    return x * steps[..., kind, None].float() if x.dtype == torch.int8 else x
+
+
 def places(positions: Tensor, spec: Spec) -> Tensor:
     """Where the tokens at `positions` of a row lie in the steady zone."""
     return torch.where(positions < spec.sink, positions, spec.sink + (positions - spec.sink) % spec.ring)
@@ -159,9 +175,16 @@ def steady(lengths: Tensor, indexed: Tensor, spec: Spec) -> Tensor:
 
 
 def allocate(
-    batch: int, kv_heads: int, head_dim: int, capacity: int, spec: Spec, dtype: torch.dtype, device: torch.device | str
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    spec: Spec,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    int8: bool = False,
 ) -> Store:
-    """An empty index of rows of up to `capacity` tokens in all."""
+    """An empty index of rows of up to `capacity` tokens in all; `int8`: centroids and value means are."""
     tokens = max(0, capacity - spec.sink - spec.local)
     count, width = slot_capacity(tokens, spec), spec.sink + spec.ring
     lead, acc = (batch, kv_heads), torch.promote_types(dtype, torch.float32)
@@ -170,8 +193,9 @@ def allocate(
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return Store(
-        *(zeros(*lead, count, head_dim, dtype=dtype) for _ in range(2)),
+        *(zeros(*lead, count, head_dim, dtype=torch.int8 if int8 else dtype) for _ in range(2)),
         zeros(*lead, count, dtype=acc),
+        zeros(*lead, count, 2 if int8 else 0, dtype=torch.bfloat16),
         zeros(*lead, count + 1),
         zeros(*lead, tokens),
         *(zeros(*lead, tokens, head_dim, dtype=dtype) for _ in range(2)),

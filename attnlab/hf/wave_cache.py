@@ -1,0 +1,168 @@
+"""A cache whose layers keep a `WaveIndex`, so that decoding reads the best clusters of a row and estimates others."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from attnlab.dispatch import check_int
+from attnlab.wave_config import WaveConfig
+from attnlab.wave_index import WaveIndex
+
+from .masks import Arrivals
+from .plan import check_sparse, named_layers
+
+
+class WaveLayer(CacheLayerMixin):
+    """One layer's tokens in a `WaveIndex`, `index`, made when the first ones come.
+
+    An index holds real tokens only, and which ones are is the mask's business. So `update` returns the new keys alone,
+    marked with the layer, and the attention hands them to `take` together with what the mask says.
+    """
+
+    is_sliding = False
+    index: WaveIndex | None
+
+    def __init__(self, config: WaveConfig, max_length: int, backend: str) -> None:
+        super().__init__()
+        self.config, self.max_length, self.backend = config, max_length, backend
+        self.index, self._held, self._new = None, 0, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Announce tokens `[B, Hkv, T, D]`."""
+        new = key_states.shape[2]
+        if self._new:
+            raise ValueError(
+                f"WaveCache: {self._new} tokens were announced and never attended to: it needs "
+                "attn_implementation='attnlab_wave' in a model that leaves the keys its cache returns as they are"
+            )
+        if self._held + new > self.max_length:
+            raise ValueError(f"WaveCache: {self._held} tokens and {new} more pass max_length={self.max_length}")
+        self.lazy_initialization(key_states, value_states)
+        self._new = new
+        key_states._attnlab_wave = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def take(self, k: Tensor, v: Tensor, new: Arrivals) -> WaveIndex:
+        """The index after the real ones among the announced tokens `k, v [B, T, G, D]` went in, or as it was."""
+        announced, self._new = self._new, 0
+        if announced != k.shape[1]:
+            raise ValueError(f"WaveCache: {announced} tokens were announced, {k.shape[1]} came")
+        index = self._index_for(k)
+        for b, (held, count, total) in enumerate(zip(index.lengths, new.counts, new.totals, strict=False)):
+            if held + count != total:
+                raise ValueError(
+                    f"WaveCache: the attention mask shows {total} tokens of row {b}, but {held} are held and {count} "
+                    "are new: what was shown once stays shown, and padding stays hidden"
+                )
+        if new.real is not None:
+            order = new.real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
+            k, v = (x.gather(1, order.expand(x.shape)) for x in (k, v))
+        index.append(k, v, new.counts)
+        self._held += announced
+        return index
+
+    def _index_for(self, k: Tensor) -> WaveIndex:
+        batch, _, heads, dim = k.shape
+        if self.index is None or (self._held == 0 and not _fits(self.index.store.k, k)):
+            self.index = WaveIndex(
+                batch, self.max_length, heads, dim, self.config, dtype=k.dtype, device=k.device, backend=self.backend
+            )
+        return self.index
+
+    def get_seq_length(self) -> int:
+        return self._held + self._new
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def reset(self) -> None:
+        """Forget all tokens; the storage stays."""
+        self._held = self._new = 0
+        if self.index is not None:
+            self.index.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            self._refuse("take tokens back (assisted generation, crop)")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._refuse("change its rows (beam search: use num_beams=1)")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._refuse("change its rows (batch_repeat_interleave)")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._refuse("change its rows (batch_select_indices)")
+
+    def offload(self) -> None:
+        self._refuse("be offloaded")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"WaveCache: a wave index cannot {what}")
+
+
+class FullLayer(DynamicLayer):
+    """A layer of a `WaveCache` that stays dense, and marks its keys so that the attention knows it is meant to."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys._attnlab_wave = False  # type: ignore[attr-defined]
+        return keys, values
+
+
+class WaveCache(DynamicCache):
+    """A cache for `attn_implementation="attnlab_wave"`: pass it as `past_key_values`.
+
+    Prompts, whole or in chunks, attend densely. A single new token of each row attends by `wave_attention` over the
+    layer's index, which holds the real tokens of each row: rows may be padded anywhere, and differ in length.
+
+    Args:
+        config: the model's; its sliding-window and other special layers keep the cache layers transformers gives them.
+        wave: how the layers are indexed and read, `WaveConfig()` by default.
+        max_length: tokens a row can hold in all, padding counted; reserved when the first ones come. More are a
+            ValueError that leaves the cache as it was.
+        full_layers: layers that stay dense: `"last:3"`, `"first:2"`, a list of layer indices, or None.
+        backend: of `WaveIndex` and `wave_attention`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came. Later: beam search, `crop`,
+        another attention implementation, a mask that hides tokens which were shown before.
+    """
+
+    layers: list[Any]
+
+    def __init__(
+        self,
+        config: Any,
+        wave: WaveConfig | None = None,
+        *,
+        max_length: int,
+        full_layers: str | list[int] | tuple[int, ...] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        fn = "WaveCache"
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"{fn}: config must be a transformers config, got {type(config).__name__}")
+        if wave is not None and not isinstance(wave, WaveConfig):
+            raise TypeError(f"{fn}: wave must be a WaveConfig, got {type(wave).__name__}")
+        check_int(fn, "max_length", max_length, 1)
+        super().__init__(config=config)
+        dense = named_layers(fn, full_layers, len(self.layers))
+        for i, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[i] = FullLayer() if i in dense else WaveLayer(wave or WaveConfig(), max_length, backend)
+        check_sparse(fn, [not isinstance(layer, WaveLayer) for i, layer in enumerate(self.layers) if i not in dense])
+
+
+def _fits(held: Tensor, k: Tensor) -> bool:
+    """Whether an index with keys `held [B, G, N, D]` can take `k [B, T, G, D]`."""
+    same = (held.shape[0], held.shape[1], held.shape[3]) == (k.shape[0], k.shape[2], k.shape[3])
+    return same and held.dtype == k.dtype and held.device == k.device
