@@ -57,9 +57,8 @@ def allocate(store: Store, capacity: int, page: int, policy: str) -> Cache:
     def state(*shape: int, value: int = 0) -> Tensor:
         return torch.full((*lead, *shape), value, dtype=torch.int32, device=device)
 
-    # Zeros, since a head that reads nothing still multiplies what lies in its first place by 0.
     shape = (*lead, capacity, page, store.k.shape[3])
-    k, v = (torch.zeros(shape, dtype=store.k.dtype, device=device) for _ in range(2))
+    k, v = (torch.empty(shape, dtype=store.k.dtype, device=device) for _ in range(2))
     pages = state(capacity, value=-1)
     slot_map = state(page_ids(store, page), value=-1)
     return Cache(k, v, slot_map, pages, state(capacity), state(), state(), state(4).long(), state(), policy)

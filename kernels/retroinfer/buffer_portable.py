@@ -12,8 +12,6 @@ from torch import Tensor
 from .buffer import Cache, check_fits
 from .spec import Store
 
-_NEVER = torch.iinfo(torch.int32).max
-
 
 class Request(NamedTuple):
     """The pages of a step, `[B, G, W]` by rising id, those where `asked`."""
@@ -81,7 +79,7 @@ def clock(cache: Cache, wanted: Tensor) -> Tensor:
     order = order.masked_fill_(~(first | second), cache.capacity)
     last = (order == wanted - 1).int().argmax(-1, keepdim=True)
     place = torch.arange(cache.capacity, device=wanted.device)
-    passed = second & ((wanted > found) | (place < last)) & (wanted > 0)
+    passed = second & ((wanted > found) | (place < last))
     cache.used.scatter_(2, ring, used.masked_fill(passed, 0))
     moved = ((ring.gather(2, last) + 1) % cache.capacity).int()
     cache.hand.copy_(torch.where(wanted > 0, moved, cache.hand[..., None])[..., 0])
@@ -90,10 +88,9 @@ def clock(cache: Cache, wanted: Tensor) -> Tensor:
 
 def lru(cache: Cache, wanted: Tensor) -> Tensor:
     """The `wanted [B, G, 1]` places used longest ago, the lowest among equals: as `clock`, but from the lowest up."""
-    used = cache.used.masked_fill(cache.used == cache.steps[..., None], _NEVER)
-    oldest = used.sort(dim=-1, stable=True).indices
+    oldest = cache.used.sort(dim=-1, stable=True).indices  # what this step uses comes last
     place = torch.arange(cache.capacity, device=wanted.device).expand_as(oldest)
-    taken = torch.zeros_like(used, dtype=torch.bool).scatter_(2, oldest, place < wanted)
+    taken = torch.zeros_like(oldest, dtype=torch.bool).scatter_(2, oldest, place < wanted)
     return by_rank((taken.cumsum(-1) - 1).masked_fill_(~taken, cache.capacity), place)
 
 

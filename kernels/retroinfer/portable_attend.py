@@ -224,7 +224,9 @@ def softmax_state(scores: Tensor, values: Tensor) -> State:
     top = top.masked_fill_(top == -math.inf, 0.0)
     weights = (scores - top).exp_()
     total = weights.sum(-1, keepdim=True)
-    return (weights @ values).div_(total.masked_fill(total == 0, 1.0)), (total.log() + top)[..., 0]
+    nothing = total == 0  # values nobody sees may be NaN
+    out = (weights @ values).div_(total.masked_fill(nothing, 1.0)).masked_fill_(nothing, 0.0)
+    return out, (total.log() + top)[..., 0]
 
 
 def merge(states: list[State]) -> State:
