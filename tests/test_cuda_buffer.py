@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from attnlab.kernels import configs
 from attnlab.kernels.cuda import module, retroinfer
 from tests.cuda_emulation.emulate import COMPILER, Emulator
-from tests.wave_traces import EVERY, Trace, random_choice
+from tests.wave_traces import EVERY, Trace, run
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build the emulation with")
 
@@ -21,25 +21,17 @@ def machine(tmp_path_factory):
 
 
 @pytest.fixture
-def emulated(machine, monkeypatch):
-    """Two warps a block, so that a cache of 100 pages takes two rounds."""
+def serve(machine, monkeypatch):
+    """Two warps a block, so that a cache of 100 pages takes two rounds; threads run in either order by turns."""
     monkeypatch.setattr(module, "launch", machine.launch)
     monkeypatch.setattr(module, "arch", lambda device: 90)
     monkeypatch.setitem(configs.TABLES, "cuda.buffer", {(0, 256, 4): {"THREADS": 64, "BLOCKS": 6}})
-    machine.falling = False
-    return machine
 
+    def either_way(*arguments):
+        machine.falling = not machine.falling
+        retroinfer.serve(*arguments)
 
-def run(trace: Trace, emulated: Emulator, turns: int, most: int, sizes: int = 9, seed: int = 0) -> list[int]:
-    """Some turns, with 24 more clusters of each head at every tenth: hits, misses and evictions."""
-    rng = torch.Generator().manual_seed(seed)
-    for turn in range(turns):
-        if turn % 10 == 0:
-            for at in EVERY:
-                trace.grow(at, torch.randint(0, sizes, (24,), generator=rng).tolist())
-        emulated.falling = turn % 2 == 1
-        trace.step(random_choice(trace, rng, most))
-    return [sum(getattr(m, name) for m in trace.models.values()) for name in ("hits", "misses", "evictions")]
+    return either_way
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -48,9 +40,9 @@ def run(trace: Trace, emulated: Emulator, turns: int, most: int, sizes: int = 9,
     [(1, 9, 1, 9), (12, 2, 4, 9), (100, 1, 20, 9), (60, 1, 80, 3), (64, 1, 9, 9), (400, 3, 9, 9)],
     ids=["one place", "few", "more places than threads", "more clusters than threads", "as many", "everything fits"],
 )
-def test_traces(emulated, policy, capacity, page, most, sizes):
-    trace = Trace(retroinfer.serve, policy, capacity, page, tokens=320, refuses=False)
-    hits, misses, evictions = run(trace, emulated, 30, most, sizes)
+def test_traces(serve, policy, capacity, page, most, sizes):
+    trace = Trace(serve, policy, capacity, page, tokens=320, refuses=False)
+    hits, misses, evictions = run(trace, 30, most, sizes)
     assert misses > 20 and (hits > 20) == (capacity > 1) and (evictions > 20) == (capacity < 400)
 
 
@@ -59,15 +51,15 @@ def test_traces(emulated, policy, capacity, page, most, sizes):
     seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=20)
-def test_any_trace(emulated, policy, capacity, page, most, seed):
+def test_any_trace(serve, policy, capacity, page, most, seed):
     """Heads that ask for too much among others that do not."""
-    run(Trace(retroinfer.serve, policy, capacity, page, refuses=False), emulated, 12, most, seed=seed)
+    run(Trace(serve, policy, capacity, page, refuses=False), 12, most, seed=seed)
 
 
 @pytest.mark.parametrize(
     "dim, dtype, unit", [(8, "float16", 16), (2, "float32", 8), (6, "float16", 4), (3, "float16", 2)]
 )
-def test_copies_of_any_width(emulated, monkeypatch, dim, dtype, unit):
+def test_copies_of_any_width(serve, monkeypatch, dim, dtype, unit):
     units, launch = [], module.launch
 
     def watch(source, name, grid, block, arguments, *others):
@@ -75,26 +67,26 @@ def test_copies_of_any_width(emulated, monkeypatch, dim, dtype, unit):
         launch(source, name, grid, block, arguments, *others)
 
     monkeypatch.setattr(module, "launch", watch)
-    trace = Trace(retroinfer.serve, "clock", 9, 4, dim=dim, dtype=getattr(torch, dtype), refuses=False)
-    run(trace, emulated, 12, 3)
+    trace = Trace(serve, "clock", 9, 4, dim=dim, dtype=getattr(torch, dtype), refuses=False)
+    run(trace, 12, 3)
     assert set(units) == {unit}
 
 
-def test_a_long_page_and_the_width_of_a_warp(emulated):
+def test_a_long_page_and_the_width_of_a_warp(serve):
     """More 16-byte units a page than one batch of loads takes."""
-    trace = Trace(retroinfer.serve, "lru", 5, 11, dim=36, dtype=torch.float64, refuses=False)
-    run(trace, emulated, 10, 2, sizes=30)
+    trace = Trace(serve, "lru", 5, 11, dim=36, dtype=torch.float64, refuses=False)
+    run(trace, 10, 2, sizes=30)
 
 
-def test_production_threads(emulated, monkeypatch):
+def test_production_threads(serve, monkeypatch):
     monkeypatch.setitem(configs.TABLES, "cuda.buffer", {(0, 256, 4): {"THREADS": 256, "BLOCKS": 1024}})
-    trace = Trace(retroinfer.serve, "clock", 300, 1, tokens=400, refuses=False)
-    run(trace, emulated, 6, 80)
+    trace = Trace(serve, "clock", 300, 1, tokens=400, refuses=False)
+    run(trace, 6, 80)
 
 
-def test_a_refused_head_reads_on(emulated):
+def test_a_refused_head_reads_on(serve):
     """What the others ask for is there; the refused head's cache is what it was."""
-    trace = Trace(retroinfer.serve, "clock", 3, 2, refuses=False)
+    trace = Trace(serve, "clock", 3, 2, refuses=False)
     for at in EVERY:
         trace.grow(at, [4, 5, 1])
     trace.step({at: [0] for at in EVERY})

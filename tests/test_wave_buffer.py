@@ -10,7 +10,7 @@ from attnlab import wave_reference
 from attnlab.kernels.retroinfer import buffer_portable
 from attnlab.kernels.retroinfer.buffer import clear
 from attnlab.reference.wave_buffer import cluster_pages
-from tests.wave_traces import EVERY, Trace, random_choice
+from tests.wave_traces import EVERY, Trace, run
 
 SERVE = {"portable": buffer_portable.serve, "reference": wave_reference.serve}
 POLICIES = ("clock", "lru")
@@ -72,13 +72,7 @@ TestReference.settings = settings(max_examples=10, stateful_step_count=20)
 @pytest.mark.parametrize("capacity, page, most", [(1, 9, 1), (12, 2, 3), (33, 1, 3), (90, 3, 9)])
 def test_long_traces(policy, capacity, page, most, backend):
     """One place; seldom, often and never a victim."""
-    trace, rng = Trace(SERVE[backend], policy, capacity, page), torch.Generator().manual_seed(capacity)
-    for turn in range(40):
-        if turn % 10 == 0:
-            for at in EVERY:
-                trace.grow(at, torch.randint(0, 9, (4,), generator=rng).tolist())
-        trace.step(random_choice(trace, rng, most))
-    found = [sum(getattr(m, name) for m in trace.models.values()) for name in ("hits", "misses", "evictions")]
+    found = run(Trace(SERVE[backend], policy, capacity, page), 40, most, clusters=4)
     assert min(found[:2]) > 5 and (found[2] > 5) == (capacity < 90)
 
 
@@ -95,3 +89,31 @@ def test_one_head_too_many_pages_refuses_the_step():
         buffer_portable.serve(torch.tensor([[[0, -1], [0, -1]], [[0, 1], [0, -1]]]).int(), trace.store, trace.cache)
     trace.step({at: [1] for at in EVERY})
     assert (trace.cache.steps == 1).all()
+
+
+class Replayed:
+    """A step of the CUDA kernels as a graph, captured at the first call on caches that it leaves as they were."""
+
+    graph = None
+
+    def __call__(self, chosen, store, cache):
+        from attnlab.kernels.cuda.retroinfer import serve
+
+        if self.graph is None:
+            before = [x.clone() for x in cache[:-1]]
+            self.chosen = chosen.clone()
+            serve(self.chosen, store, cache)
+            for x, y in zip(cache[:-1], before, strict=True):
+                x.copy_(y)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                serve(self.chosen, store, cache)
+        self.chosen.copy_(chosen)
+        self.graph.replay()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("capacity, page, most", [(12, 2, 3), (400, 1, 60), (90, 3, 9)])
+def test_cuda_graphs(policy, capacity, page, most):
+    run(Trace(Replayed(), policy, capacity, page, tokens=900, dim=24, refuses=False, device="cuda"), 60, most)

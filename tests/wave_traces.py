@@ -23,12 +23,14 @@ class Trace:
 
     def __init__(
         self, serve: Callable[..., None], policy: str, capacity: int, page: int = 3, *, tokens: int = 80,
-        dim: int = 2, dtype: torch.dtype = torch.float32, refuses: bool = True, seed: int = 0,
+        dim: int = 2, dtype: torch.dtype = torch.float32, refuses: bool = True, device: str = "cpu",
     ) -> None:  # fmt: skip
         self.serve, self.page, self.refuses = serve, page, refuses
-        store = allocate_store(BATCH, HEADS, dim, tokens, Spec(0, 0, 2, 2, 1, False, 0, 2), dtype, "cpu")
-        rng = torch.Generator().manual_seed(seed)
+        store = allocate_store(BATCH, HEADS, dim, tokens, Spec(0, 0, 2, 2, 1, False, 0, 2), dtype, device)
+        rng = torch.Generator().manual_seed(0)
         k, v = (torch.randn(store.k.shape, generator=rng).to(dtype) for _ in "kv")
+        if device == "cuda":
+            k, v = k.pin_memory(), v.pin_memory()
         self.store: Store = store._replace(k=k, v=v)
         self.cache: Cache = allocate(self.store, capacity, page, policy)
         self.vector_bytes = 2 * dim * dtype.itemsize
@@ -70,6 +72,7 @@ class Trace:
         chosen = torch.full((BATCH, HEADS, width), -1, dtype=torch.int32)
         for at, clusters in choice.items():
             chosen[at][: len(clusters)] = torch.tensor(sorted(clusters), dtype=torch.int32)
+        chosen = chosen.to(self.store.offsets.device)
         asked, capacity = self.asked(choice), self.cache.capacity
         over = [at for at in EVERY if asked[at] > capacity]
         if over and self.refuses:
@@ -104,15 +107,25 @@ class Trace:
             for x, place in where.items():
                 source = slice(first[x], first[x] + vectors[x])
                 for host, copy in ((self.store.k, cache.k), (self.store.v, cache.v)):
-                    assert torch.equal(copy[at][place, : vectors[x]], host[at][source])
+                    assert torch.equal(copy[at][place, : vectors[x]].cpu(), host[at][source])
 
 
 def random_choice(trace: Trace, rng: torch.Generator, most: int) -> Choice:
     """Up to `most` clusters of each head."""
 
     def some(count: int) -> list[int]:
-        return (
-            torch.randperm(count, generator=rng)[: int(torch.randint(most + 1, (), generator=rng))].sort()[0].tolist()
-        )
+        wanted = int(torch.randint(most + 1, (), generator=rng))
+        return torch.randperm(count, generator=rng)[:wanted].tolist()
 
     return {at: some(len(sizes)) for at, sizes in trace.sizes.items()}
+
+
+def run(trace: Trace, turns: int, most: int, sizes: int = 9, clusters: int = 24, seed: int = 0) -> list[int]:
+    """Some turns, with more clusters of each head at every tenth: hits, misses and evictions."""
+    rng = torch.Generator().manual_seed(seed)
+    for turn in range(turns):
+        if turn % 10 == 0:
+            for at in EVERY:
+                trace.grow(at, torch.randint(0, sizes, (clusters,), generator=rng).tolist())
+        trace.step(random_choice(trace, rng, most), most)
+    return [sum(getattr(m, name) for m in trace.models.values()) for name in ("hits", "misses", "evictions")]
