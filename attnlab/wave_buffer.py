@@ -79,8 +79,8 @@ class WaveBuffer:
         reserved, every = index.store.k.shape[2], page_ids(index.store, page)
         self.capacity = every if device_budget == 1 else max(1, int(device_budget * reserved) // page)
         self.index, self.policy, self.page = index, policy, page
-        self._cache: Cache | None = allocate(index.store, self.capacity, page, policy)
         _offload(index)
+        self._cache: Cache | None = allocate(index.store, self.capacity, page, policy)
         index._buffers.add(self)
 
     @property
