@@ -7,6 +7,7 @@ from .moba_decoding import moba_decode
 from .moba_tools import KeyConv, MoBADiagnostics
 from .retroinfer import ErrorBound, wave_attention
 from .states import full_attention, merge_states
+from .wave_buffer import WaveBuffer, WaveStats
 from .wave_config import WaveConfig
 from .wave_index import WaveIndex
 
@@ -18,8 +19,10 @@ __all__ = [
     "MoBACache",
     "MoBADiagnostics",
     "MoBASelection",
+    "WaveBuffer",
     "WaveConfig",
     "WaveIndex",
+    "WaveStats",
     "explain",
     "full_attention",
     "merge_states",

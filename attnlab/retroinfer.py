@@ -8,8 +8,10 @@ from torch import Tensor
 
 from . import wave_reference
 from .dispatch import Call, check_bool, check_scale, pick
+from .kernels.retroinfer.buffer import Cache
 from .kernels.retroinfer.spec import Attended, Query, Spec, Store, part
 from .packs import without_autocast
+from .wave_buffer import WaveBuffer
 from .wave_config import check_choice, check_share
 from .wave_index import WaveIndex, serving
 
@@ -30,6 +32,7 @@ def wave_attention(
     q: Tensor,
     index: WaveIndex,
     *,
+    buffer: WaveBuffer | None = None,
     scale: float | None = None,
     retrieval_ratio: float | None = None,
     estimation_ratio: float | None = None,
@@ -50,6 +53,7 @@ def wave_attention(
     Args:
         q: `[B, 1, Hq, D]` in the index's dtype.
         index: its configuration says how clusters rank, and whether the budget is fixed or adaptive.
+        buffer: of this index; the best clusters are read through its cache, which this changes.
         scale: multiplies the scores, `D ** -0.5` by default.
         retrieval_ratio, estimation_ratio: shares of a row's clusters, in `[0, 1]`, rounded, at least one cluster unless
             0; the configuration's by default.
@@ -67,7 +71,8 @@ def wave_attention(
         out 0, lse -inf.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came; q that requires a gradient.
+        ValueError, TypeError: naming the argument, what was expected and what came; q that requires a gradient; more
+            pages than the buffer holds (see `WaveBuffer`).
         BackendError: an explicit backend cannot serve this call.
 
     A NaN or an infinity in any indexed key makes the heads that score it NaN, whether its cluster was chosen or not.
@@ -84,6 +89,7 @@ def wave_attention(
     check_share(fn, "estimation_ratio", estimated, zero=True)
     estimation = config.estimation if estimation is None else estimation
     check_choice(fn, "estimation", estimation)
+    _check_buffer(fn, buffer, index, selector, token_budget)
     check_bool(fn, "return_lse", return_lse)
     check_bool(fn, "return_error_bound", return_error_bound)
     scale = check_scale(fn, scale, q.shape[3])
@@ -92,7 +98,9 @@ def wave_attention(
     width = most if error else part(retrieval, most)
     query = Query(scale, config.group_reduce, config.weight_by_size, estimation, width, error, return_error_bound)
     store = index.store._replace(budgets=index.budgets(retrieval, estimated, estimation))
-    out, lse, lower, upper = _wave(q[:, 0], *store, *config.spec, *query, selector, token_budget, name)
+    *cache, policy = ("clock",) if buffer is None else buffer.cache
+    options = (selector, token_budget, cache, policy, name)
+    out, lse, lower, upper = _wave(q[:, 0], *store, *config.spec, *query, *options)
     found: list[Tensor | ErrorBound] = [out[:, None]]
     if return_lse:
         found.append(lse[:, None])
@@ -114,8 +122,8 @@ def _check_query(fn: str, q: Tensor, index: WaveIndex) -> None:
         raise ValueError(f"{fn}: q's heads must be a multiple of the index's heads {heads}, got {q.shape[2]}")
     if q.dtype != held.dtype:
         raise TypeError(f"{fn}: q must have the index's dtype {held.dtype}, got {q.dtype}")
-    if q.device != held.device:
-        raise ValueError(f"{fn}: q must be on the index's device {held.device}, got {q.device}")
+    if q.device != index.device:
+        raise ValueError(f"{fn}: q must be on the index's device {index.device}, got {q.device}")
     if q.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{fn}: q must not require a gradient: decode under torch.no_grad()")
 
@@ -135,6 +143,23 @@ def _check_selector(
         raise ValueError(f"{fn}: return_error_bound needs selector='wave' and no token_budget")
 
 
+def _check_buffer(
+    fn: str, buffer: WaveBuffer | None, index: WaveIndex, selector: str, token_budget: float | None
+) -> None:
+    if buffer is None:
+        if index.store.k.device != index.device:
+            raise ValueError(f"{fn}: index keeps its keys and values in host memory: buffer must be one of its buffers")
+        return
+    if not isinstance(buffer, WaveBuffer):
+        raise TypeError(f"{fn}: buffer must be a WaveBuffer or None, got {type(buffer).__name__}")
+    if buffer.closed:
+        raise ValueError(f"{fn}: buffer is closed")
+    if buffer.index is not index:
+        raise ValueError(f"{fn}: buffer must be one of index's, got one of {buffer.index}")
+    if selector != "wave" or token_budget is not None:
+        raise ValueError(f"{fn}: buffer needs selector='wave' and no token_budget")
+
+
 def _attend(backend: str) -> Callable[..., Attended]:
     if backend == "reference":
         return wave_reference.attend
@@ -151,7 +176,7 @@ def _select(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return attend
 
 
-@torch.library.custom_op("attnlab::wave_attention", mutates_args=())
+@torch.library.custom_op("attnlab::wave_attention", mutates_args=("cache",))
 @without_autocast
 def _wave(
     q: Tensor,
@@ -186,6 +211,8 @@ def _wave(
     bounds: bool,
     selector: str,
     token_budget: float | None,
+    cache: list[Tensor],
+    policy: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     store = Store(
@@ -197,7 +224,7 @@ def _wave(
     if selector != "wave" or token_budget is not None:
         out, lse = _select(backend)(q, store, query, spec, selector, token_budget or 1.0)
         return out, lse, lse.new_empty(0), lse.new_empty(0)
-    found = _attend(backend)(q, store, query, spec)
+    found = _attend(backend)(q, store, query, spec, cache=Cache._make([*cache, policy]) if cache else None)
     lower, upper = (found.lse.new_empty(0) if x is None else x for x in (found.lower, found.upper))
     return found.out, found.lse, lower, upper
 
@@ -205,5 +232,5 @@ def _wave(
 @_wave.register_fake
 def _(q, *options):  # type: ignore[no-untyped-def]
     lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    bounds = options[-4]
+    bounds = options[-6]
     return q.new_empty(q.shape), lse, *(lse.new_empty(lse.shape if bounds else 0) for _ in range(2))

@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import weakref
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from .dispatch import MAX_HEAD_DIM, Call, Reasons, check_int, pick, portable_rea
 from .kernels.retroinfer.spec import Plan, Spec, Store, allocate, budget, places, plan
 from .packs import without_autocast
 from .wave_config import WaveConfig, kernel_reasons
+
+if TYPE_CHECKING:
+    from .wave_buffer import WaveBuffer
 
 BACKENDS: dict[str, Reasons] = {"portable": portable_reasons, "reference": reference_reasons}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,7 +55,8 @@ class WaveIndex:
         backend: which one clusters, `"auto"`, `"reference"` or `"portable"`.
 
     Attributes:
-        store: the tensors, see `kernels/retroinfer/spec.py`. They keep their addresses.
+        store: the tensors, see `kernels/retroinfer/spec.py`. They keep their addresses; a `WaveBuffer` on a CUDA device
+            moves `k` and `v` to the host when it is made.
         config, capacity, backend: as given; `backend` after `"auto"` is resolved.
     """
 
@@ -82,6 +88,7 @@ class WaveIndex:
         int8 = config.meta_dtype == "int8"
         self.store: Store = allocate(batch, kv_heads, head_dim, capacity, self._spec, dtype, device, int8)
         self._budgets: dict[tuple[float, float, str], Tensor] = {}
+        self._buffers: weakref.WeakSet[WaveBuffer] = weakref.WeakSet()
         self._lengths, self._indexed, self._clusters = [0] * batch, [0] * batch, [0] * batch
         self._count()
 
@@ -136,8 +143,8 @@ class WaveIndex:
             raise ValueError(f"{fn}: k must have shape {shape}, got {list(k.shape)}")
         if k.dtype != held.dtype:
             raise TypeError(f"{fn}: k must have the index's dtype {held.dtype}, got {k.dtype}")
-        if k.device != held.device:
-            raise ValueError(f"{fn}: k must be on the index's device {held.device}, got {k.device}")
+        if k.device != self.device:
+            raise ValueError(f"{fn}: k must be on the index's device {self.device}, got {k.device}")
         most = [k.shape[1]] * self.batch
         counts = most if lengths is None else _per_row(fn, "lengths", lengths, most)
         self._take(fn, k, v, [0] * self.batch, counts)
@@ -147,7 +154,9 @@ class WaveIndex:
         return wave_reference.in_order(self.store, b, self._lengths[b], self._indexed[b], self._spec)
 
     def reset(self) -> None:
-        """Empty all rows; storage, capacity and configuration stay."""
+        """Empty all rows, and the caches of its buffers; storage, capacity and configuration stay."""
+        for buffer in self._buffers:
+            buffer.reset()
         self.store.offsets.zero_()
         self._restore(*([0] * self.batch for _ in range(3)))
 
@@ -185,6 +194,11 @@ class WaveIndex:
         return self.store.k.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where queries are; a `WaveBuffer` may keep the keys and values in clusters elsewhere."""
+        return self.store.offsets.device
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens each row holds."""
         return tuple(self._lengths)
@@ -216,7 +230,7 @@ class WaveIndex:
         _, heads, _, dim = self.store.k.shape
         return (
             f"WaveIndex({self.batch} rows of {self.capacity}, {heads} heads of {dim}, {self.store.k.dtype}, "
-            f"{self.store.k.device}, lengths={self._lengths}, clusters={self._clusters})"
+            f"{self.device}, lengths={self._lengths}, clusters={self._clusters})"
         )
 
     def budgets(self, retrieval_ratio: float, estimation_ratio: float, estimation: str) -> Tensor:

@@ -5,8 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels.retroinfer.buffer import Cache, check_fits
 from .kernels.retroinfer.spec import Attended, Plan, Query, Spec, Store, places
 from .reference import retroinfer as reference
+from .reference.wave_buffer import PolicyModel, cluster_pages
 
 
 class Row(NamedTuple):
@@ -78,8 +80,12 @@ def counts(store: Store) -> list[list[int]]:
     return torch.stack([store.lengths, store.indexed, store.clusters, *store.budgets.unbind(1)], 1).tolist()
 
 
-def attend(q: Tensor, store: Store, query: Query, spec: Spec) -> Attended:
-    """Each row by the reference. The stored centroids, value means and radii stay unread, so they are tested too."""
+def attend(q: Tensor, store: Store, query: Query, spec: Spec, cache: Cache | None = None) -> Attended:
+    """Each row by the reference. The stored centroids, value means and radii stay unread, so they are tested too.
+
+    A `cache` is served, but not read.
+    """
+    store = store._replace(k=store.k.to(q.device), v=store.v.to(q.device))
     out, acc = torch.zeros_like(q), torch.promote_types(q.dtype, torch.float32)
     lse, lower, upper = (torch.zeros(q.shape[:2], dtype=acc, device=q.device) for _ in range(3))
     lse += -torch.inf
@@ -98,6 +104,8 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec) -> Attended:
         for g, mask in enumerate(found.retrieved):
             slots = mask.nonzero()[:, 0]
             chosen[b, g, : len(slots)] = slots
+    if cache is not None:
+        serve(chosen, store, cache)
     return Attended(out, lse, chosen, lower if query.bounds else None, upper if query.bounds else None)
 
 
@@ -115,3 +123,60 @@ def select(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, bud
                 group_reduce=query.reduce,
             )  # fmt: skip
     return out, lse
+
+
+class Request(NamedTuple):
+    """The pages that a step asks of one cache, by id."""
+
+    vectors: dict[int, int]
+    first: dict[int, int]  # first vector in `Store.k`
+
+
+def request(chosen: Tensor, offsets: Tensor, page: int) -> Request:
+    """The pages of the clusters `chosen [K]`, -1 aside, that lie at `offsets [C + 1]`."""
+    found, bounds = Request({}, {}), offsets.tolist()
+    for c in chosen[chosen >= 0].tolist():
+        pages = cluster_pages(c, bounds[c], bounds[c + 1] - bounds[c], page)
+        found.vectors.update(pages)
+        found.first.update({x: bounds[c] + i * page for i, x in enumerate(pages)})
+    return found
+
+
+def serve(chosen: Tensor, store: Store, cache: Cache) -> None:
+    """A step of the wave buffer for the clusters `chosen [B, G, K]`: each cache by the plain model of its policy."""
+    heads = [(b, g) for b in range(chosen.shape[0]) for g in range(chosen.shape[1])]
+    requests = [request(chosen[at], store.offsets[at], cache.page) for at in heads]
+    check_fits(torch.tensor([len(r.vectors) for r in requests]).view(chosen.shape[:2]), cache)
+    for at, asked in zip(heads, requests, strict=True):
+        model = _model(cache, at)
+        held = set(model.pages)
+        places = model.step(asked.vectors)
+        for x in asked.vectors.keys() - held:
+            source = slice(asked.first[x], asked.first[x] + asked.vectors[x])
+            for host, copy in ((store.k, cache.k), (store.v, cache.v)):
+                copy[at][places[x], : asked.vectors[x]] = host[at][source]
+        _keep(model, cache, at, set(places.values()))
+
+
+def _model(cache: Cache, at: tuple[int, int]) -> PolicyModel:
+    model = PolicyModel(cache.capacity, cache.policy, cache.vector_bytes)
+    model.pages = [None if x < 0 else x for x in cache.pages[at].tolist()]
+    model.used = [min(x, 1) if cache.policy == "clock" else x for x in cache.used[at].tolist()]
+    model.hand, model.steps = int(cache.hand[at]), int(cache.steps[at])
+    model.hits, model.misses, model.evictions, model.bytes = cache.counters[at].tolist()
+    return model
+
+
+def _keep(model: PolicyModel, cache: Cache, at: tuple[int, int], touched: set[int]) -> None:
+    used = zip(model.used, cache.used[at].tolist(), strict=True)
+    steps = [model.steps if i in touched else old if bit else 0 for i, (bit, old) in enumerate(used)]
+    pages = [-1 if x is None else x for x in model.pages]
+    slot_map = [-1] * cache.slot_map.shape[2]
+    for place, x in enumerate(model.pages):
+        if x is not None:
+            slot_map[x] = place
+    counters = [model.hits, model.misses, model.evictions, model.bytes]
+    tables = (cache.slot_map, slot_map), (cache.pages, pages), (cache.used, steps), (cache.counters, counters)
+    for table, values in tables:
+        table[at] = torch.tensor(values, dtype=table.dtype)
+    cache.hand[at], cache.steps[at] = model.hand, model.steps

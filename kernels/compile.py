@@ -121,7 +121,8 @@ def cuda_jobs(archs: list[int], dtypes: list[str]) -> Iterator[Job]:
     for arch in archs:
         depth = tuple(configs.get("cuda.gate", arch, 256, 4).items())
         builds = [("gate.cu", t, (("ELEMENT", CUDA_NAMES[t]), *depth)) for t in dtypes]
-        for file, dtype, defines in [*builds, ("layout.cu", "i32", ())]:
+        threads = (("THREADS", configs.get("cuda.buffer", arch, 1, 1)["THREADS"]),)
+        for file, dtype, defines in [*builds, ("layout.cu", "i32", ()), ("buffer.cu", "bytes", threads)]:
             key = _digest((HERE / "cuda" / file).read_text(), defines, arch, module.missing() or module.versions())
             yield Job(f"cuda.{file[:-3]}", file, arch, 256, dtype, defines, key)
 

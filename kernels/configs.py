@@ -20,6 +20,10 @@ TABLES: dict[str, Table] = {
     "cuda.layout": {
         (0, 256, 4): {"THREADS": 128, "CHUNK": 128},
     },
+    # BLOCKS: of the copy, about; more would only find nothing left to do.
+    "cuda.buffer": {
+        (0, 256, 4): {"THREADS": 256, "BLOCKS": 1024},
+    },
     "states.forward": {
         (80, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
         (80, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},

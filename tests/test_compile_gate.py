@@ -39,7 +39,7 @@ def test_production_kernels_keep_to_their_limits(archs, dims, dtype, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     built = json.loads(record.read_text())
     assert {row["arch"] for row in built} == {int(a) for a in archs.split(",")}
-    assert {"cuda.gate", "cuda.layout"} <= {row["name"] for row in built}
+    assert {"cuda.buffer", "cuda.gate", "cuda.layout"} <= {row["name"] for row in built}
     assert len({row["name"].partition("[")[0] for row in built}) > 2
 
 

@@ -241,6 +241,17 @@ def test_reset_and_reuse_is_a_fresh_index():
     assert index.budgets(0.018, 0.232, "ratio") is index.store.budgets
 
 
+def test_reset_leaves_nothing_of_old_values():
+    """A row without tokens beside one that has some multiplies what lies in its places by 0."""
+    index = built(V, K * torch.nan)
+    index.reset()
+    index.append(K, V, [0, 131, 1])
+    fresh = built(lengths=[0, 131, 1])
+    for options in (RATIOS, dict(retrieval_ratio=0)):
+        found, want = (wave_attention(Q, i, return_lse=True, **options) for i in (index, fresh))
+        assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True)) and (found[0][0] == 0).all()
+
+
 def test_over_capacity_changes_nothing():
     index, twin = (built(K[:, :100], V[:, :100], capacity=120) for _ in range(2))
     for tokens, lengths in ((21, None), (31, [0, 21, 3])):
@@ -377,7 +388,7 @@ def test_opcheck(backend, bounds):
     index = built(lengths=[131, 60, 5])
     query = (0.3, "sum", False, "ratio", part(0.3, max(index.clusters)), 0.0, bounds, "wave", None)
     store = index.store._replace(budgets=index.budgets(0.3, 0.4, "ratio"))
-    args = (Q[:, 0], *store, *CONFIG.spec, *query, backend)
+    args = (Q[:, 0], *store, *CONFIG.spec, *query, [], "clock", backend)
     torch.library.opcheck(torch.ops.attnlab.wave_attention.default, args)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnlab import WaveConfig, WaveIndex, wave_attention
+from attnlab import WaveBuffer, WaveConfig, WaveIndex, wave_attention
 from attnlab.testing import gaussian
 
 CONFIG = WaveConfig(sink=2, local=5, segment=40, tokens_per_cluster=4, iterations=4, update_every=12)
@@ -94,11 +94,44 @@ BAD_QUERY = [
     (dict(return_error_bound=None), TypeError, "return_error_bound must be a bool, got None"),
     (dict(backend="cuda"), ValueError, "backend must be one of 'auto', 'portable', 'reference', got 'cuda'"),
 ]
+BUFFER, OTHER = (WaveBuffer(WaveIndex.build(K, V, CONFIG)) for _ in range(2))
+CLOSED = WaveBuffer(BUFFER.index)
+CLOSED.close()
+BAD_BUFFER = [
+    (dict(index=K), TypeError, "index must be a WaveIndex, got Tensor"),
+    (dict(device_budget=0), ValueError, "device_budget must be in (0, 1], got 0"),
+    (dict(device_budget=1.01), ValueError, "device_budget must be in (0, 1], got 1.01"),
+    (dict(device_budget=float("nan")), ValueError, "device_budget must be in (0, 1], got nan"),
+    (dict(device_budget="5%"), TypeError, "device_budget must be a number in (0, 1], got '5%'"),
+    (dict(policy="fifo"), ValueError, "policy must be one of 'clock', 'lru', got 'fifo'"),
+    (dict(policy=None), ValueError, "policy must be one of 'clock', 'lru', got None"),
+    (dict(page=0), ValueError, "page must be a positive int, got 0"),
+    (dict(page=8.0), ValueError, "page must be a positive int, got 8.0"),
+]
+BAD_BUFFERED = [
+    (dict(buffer=BUFFER.cache), TypeError, "buffer must be a WaveBuffer or None, got Cache"),
+    (dict(buffer=CLOSED), ValueError, "buffer is closed"),
+    (dict(buffer=OTHER), ValueError, "buffer must be one of index's, got one of WaveIndex(3 rows of 143"),
+    (dict(selector="full"), ValueError, "buffer needs selector='wave' and no token_budget"),
+    (dict(selector="oracle", token_budget=0.1), ValueError, "buffer needs selector='wave' and no token_budget"),
+    (dict(token_budget=0.1), ValueError, "buffer needs selector='wave' and no token_budget"),
+    (dict(q=Q.to("meta")), ValueError, "q must be on the index's device cpu, got meta"),
+    (dict(retrieval_ratio=1), ValueError, "pages of 8 vectors in one step, its cache holds 1: it takes a larger devi"),
+]
+BAD_CLOSED = [
+    ("WaveBuffer.stats", lambda: CLOSED.stats(), [({}, ValueError, "the buffer is closed")]),
+    ("WaveBuffer.check", lambda: CLOSED.check(), [({}, ValueError, "the buffer is closed")]),
+    ("WaveBuffer.reset", lambda: CLOSED.reset(), [({}, ValueError, "the buffer is closed")]),
+    ("WaveBuffer.cache", lambda: CLOSED.cache, [({}, ValueError, "the buffer is closed")]),
+]
 CALLS = [
     ("WaveConfig", lambda **x: WaveConfig(**x), BAD_CONFIG),
     ("WaveIndex", lambda **x: WaveIndex.build(**dict(k=K, v=V, config=CONFIG) | x), BAD_BUILD),
     ("WaveIndex.append", lambda **x: INDEX.append(**dict(k=K, v=V) | x), BAD_APPEND),
     ("wave_attention", lambda **x: wave_attention(**dict(q=Q, index=INDEX) | x), BAD_QUERY),
+    ("WaveBuffer", lambda **x: WaveBuffer(**dict(index=INDEX) | x), BAD_BUFFER),
+    ("wave_attention", lambda **x: wave_attention(**dict(q=Q, index=BUFFER.index, buffer=BUFFER) | x), BAD_BUFFERED),
+    *BAD_CLOSED,
 ]
 
 

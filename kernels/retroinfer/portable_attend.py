@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .buffer import Cache
+from .buffer_portable import cached, serve
 from .spec import Attended, Query, Spec, Store, places
 
 State = tuple[Tensor, Tensor]
@@ -45,8 +47,13 @@ class Zone(NamedTuple):
 
 
 @torch.no_grad()
-def attend(q: Tensor, store: Store, query: Query, spec: Spec, chosen: Tensor | None = None) -> Attended:
-    """Attention of `q [B, Hq, D]`, the newest token of each row; `chosen [B, G, K]` replays a retrieval zone."""
+def attend(
+    q: Tensor, store: Store, query: Query, spec: Spec, chosen: Tensor | None = None, cache: Cache | None = None
+) -> Attended:
+    """Attention of `q [B, Hq, D]`, the newest token of each row; `chosen [B, G, K]` replays a retrieval zone.
+
+    With a `cache` the retrieval zone is read through it.
+    """
     (rows, hq, dim), kv_heads = q.shape, store.k.shape[1]
     acc = torch.promote_types(q.dtype, store.radius.dtype)
     grouped = q.to(acc).view(rows, kv_heads, hq // kv_heads, dim)
@@ -65,14 +72,17 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec, chosen: Tensor | N
         read = Zone.of(chosen.long(), chosen >= 0)
         order = rank(ranking(meta, query), meta.live & ~members(read, meta.live), int(e.max()))
         k = torch.zeros_like(k)
-    exact = merge([exact, retrieved_state(grouped, store, read, query.scale)])
+    slots = ascending(read, query.k_slots)
+    if cache is not None:
+        serve(slots, store, cache)
+    exact = merge([exact, retrieved_state(grouped, store, read, query.scale, cache)])
     out, lse = merge([exact, estimated_state(meta, store, zone(order, k, k + e))])
     trace = torch.where(meta.live.any(-1, keepdim=True), meta.total, 0.0) * 0
     out, lse = (out + trace[..., None]).to(q.dtype), lse + trace
     bounds = neglected(meta, members(read, meta.live), exact[1]) if query.bounds else (None, None)
     shaped = (None if x is None else x.view(rows, hq) for x in (lse, *bounds))
     lse, lower, upper = shaped
-    return Attended(out.view(q.shape), lse, ascending(read, query.k_slots), lower, upper)
+    return Attended(out.view(q.shape), lse, slots, lower, upper)
 
 
 def look(q: Tensor, store: Store, query: Query) -> Meta:
@@ -176,7 +186,7 @@ def steady_state(q: Tensor, store: Store, spec: Spec, scale: float) -> State:
     return token_state(q, store.k_steady, store.v_steady, tokens, scale)
 
 
-def retrieved_state(q: Tensor, store: Store, read: Zone, scale: float) -> State:
+def retrieved_state(q: Tensor, store: Store, read: Zone, scale: float, cache: Cache | None = None) -> State:
     """Attention over the members of the clusters in `read`."""
     starts = store.offsets.gather(2, read.index)
     sizes = (store.offsets.gather(2, read.index + 1) - starts).masked_fill_(~read.seen, 0)
@@ -184,8 +194,11 @@ def retrieved_state(q: Tensor, store: Store, read: Zone, scale: float) -> State:
     count = ends[..., -1:] if ends.shape[-1] else ends.sum(-1, keepdim=True)
     steps = torch.arange(int(count.max()), device=q.device).expand(*count.shape[:2], -1).contiguous()
     which = torch.searchsorted(ends, steps, right=True).clamp_(max=max(ends.shape[-1] - 1, 0))
-    at = steps + (starts - ends + sizes).gather(2, which)
-    return token_state(q, store.k, store.v, Zone.of(at, steps < count), scale)
+    at, k, v = steps + (starts - ends + sizes).gather(2, which), store.k, store.v
+    if cache is not None:
+        at = cached(at, read.index.gather(2, which), starts.gather(2, which), cache)
+        k, v = cache.k.flatten(2, 3), cache.v.flatten(2, 3)
+    return token_state(q, k, v, Zone.of(at, steps < count), scale)
 
 
 def estimated_state(meta: Meta, store: Store, guessed: Zone) -> State:
@@ -219,7 +232,9 @@ def softmax_state(scores: Tensor, values: Tensor) -> State:
     top = top.masked_fill_(top == -math.inf, 0.0)
     weights = (scores - top).exp_()
     total = weights.sum(-1, keepdim=True)
-    return (weights @ values).div_(total.masked_fill(total == 0, 1.0)), (total.log() + top)[..., 0]
+    nothing = total == 0  # values nobody sees may be NaN
+    out = (weights @ values).div_(total.masked_fill(nothing, 1.0)).masked_fill_(nothing, 0.0)
+    return out, (total.log() + top)[..., 0]
 
 
 def merge(states: list[State]) -> State:

@@ -11,7 +11,11 @@ from torch import Tensor
 from attnlab.kernels.cuda import module
 
 HERE = Path(__file__).parent
-KERNELS = {"gate.cu": ("gate",), "layout.cu": ("layout_count", "layout_place")}
+KERNELS = {
+    "buffer.cu": ("buffer_admit", "buffer_fetch"),
+    "gate.cu": ("gate",),
+    "layout.cu": ("layout_count", "layout_place"),
+}
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
