@@ -15,7 +15,7 @@ __all__ = ["backward", "decode", "forward", "select"]
 
 GATE_CHUNK = 1024  # queries of one item, as in gate.c
 LANES = 16  # the widest vectors: rows of a state are a multiple of them
-CHUNK_ROWS = 8192  # rows (queries times heads of a group) of one item of the attention: their state fits the caches
+CHUNK_ROWS = 16384  # rows (queries times heads of a group) of one item of the attention: their state fits the caches
 
 
 def select(
