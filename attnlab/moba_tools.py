@@ -76,8 +76,7 @@ class MoBADiagnostics:
         check_qkv(fn, q, k)
         if not q.shape[1] or not k.shape[1]:
             raise ValueError(f"{fn}: needs queries and keys, got Tq={q.shape[1]}, Tk={k.shape[1]}")
-        if needles is not None and (needles.shape != q.shape[:2] or needles.dtype.is_floating_point):
-            raise ValueError(f"{fn}: needles must be ints of shape {list(q.shape[:2])}, got {list(needles.shape)}")
+        _check_needles(fn, needles, q)
         if selection is None:
             selection = moba_select(
                 q, k, block_size=block_size, topk=topk, causal=causal, routing=routing, sink_blocks=sink_blocks,
@@ -85,10 +84,11 @@ class MoBADiagnostics:
             )  # fmt: skip
         scale = check_scale(fn, scale, q.shape[3])
         spec = Spec(block_size, topk, causal, scale, routing == "group", sink_blocks, local_blocks, WORKSPACE_BYTES)
-        tally = _Tally(q, k, spec, selection.indices)
+        tally = _Tally(q.detach(), k.detach(), spec, selection.indices)
         step = max(workspace_bytes // max(16 * q.shape[0] * q.shape[2] * k.shape[1], 1), 1)
         for at in range(0, q.shape[1], step):
-            tally.add(at, min(at + step, q.shape[1]), needles)
+            with torch.autocast(q.device.type, enabled=False):
+                tally.add(at, min(at + step, q.shape[1]), needles)
         return cls(block_size, topk, *tally.result(needles is not None))
 
     def __str__(self) -> str:
@@ -110,6 +110,17 @@ class MoBADiagnostics:
         ]
         named = [*((str(h), row) for h, row in enumerate(rows)), ("all", rows.nanmean(0))]
         return "\n".join(lines + [f"{name:>6}" + "".join(f"{x:10.3f}" for x in row.tolist()) for name, row in named])
+
+
+def _check_needles(fn: str, needles: Tensor | None, q: Tensor) -> None:
+    if needles is None:
+        return
+    ints = (torch.int8, torch.int16, torch.int32, torch.int64)
+    if not isinstance(needles, Tensor) or needles.dtype not in ints:
+        got = getattr(needles, "dtype", type(needles).__name__)
+        raise TypeError(f"{fn}: needles must be a Tensor of ints, got {got}")
+    if needles.shape != q.shape[:2]:
+        raise ValueError(f"{fn}: needles must have shape {list(q.shape[:2])}, got {list(needles.shape)}")
 
 
 class _Tally:

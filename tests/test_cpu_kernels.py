@@ -93,6 +93,14 @@ def test_every_half_and_bfloat16_is_read_right(dtype):
     torch.testing.assert_close(means, keys.float(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_nan_of_any_payload_stays():
+    p = Problem(CASES["gqa 3"], dtype=torch.float32)
+    indices = moba.select(p.q, p.k, *p.cu, p.spec, p.slots)[0]
+    p.q[20, 1] = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
+    out, lse, _ = p.forward(indices)
+    assert out[20, 1].isnan().all() and lse[20, 1].isnan() and lse.isnan().sum() == 1
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 @pytest.mark.parametrize("target", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors(fresh, monkeypatch, target):

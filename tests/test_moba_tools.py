@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnlab.moba import MoBASelection, moba_select
 from attnlab.moba_tools import KeyConv, MoBADiagnostics, hit_probability
+from attnlab.testing import gaussian
 
 
 def conv(width: int, heads: int = 2, dim: int = 3) -> KeyConv:
@@ -190,13 +191,23 @@ def test_snr_finds_the_planted_signal():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"needles": [[0, 1, 0, 1]]}, "needles must be a Tensor of ints, got list"),
+        ({"needles": torch.zeros(1, 4)}, "needles must be a Tensor of ints, got torch.float32"),
         ({"topk": 0}, "topk must be a positive int, got 0"),
         ({"workspace_bytes": 0}, "workspace_bytes must be a positive int, got 0"),
-        ({"needles": torch.zeros(1, 3).int()}, r"needles must be ints of shape \[1, 4\], got \[1, 3\]"),
+        ({"needles": torch.zeros(1, 3).int()}, r"needles must have shape \[1, 4\], got \[1, 3\]"),
         ({"q": torch.zeros(1, 0, 2, 4)}, "needs queries and keys, got Tq=0, Tk=4"),
     ],
 )
 def test_bad_diagnostics(change, message):
     arguments = {"q": torch.zeros(1, 4, 2, 4), "k": torch.zeros(1, 4, 2, 4), "block_size": 2, "topk": 1} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         MoBADiagnostics.measure(**arguments)
+
+
+def test_autocast_changes_no_diagnostics():
+    q, k, _ = gaussian(1, 40, 40, 4, 2, 16)
+    want = MoBADiagnostics.measure(q, k, block_size=8, topk=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = MoBADiagnostics.measure(q, k, block_size=8, topk=2)
+    assert torch.equal(found.mass, want.mass) and torch.equal(found.recall, want.recall)
