@@ -4,7 +4,7 @@ import csv
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -16,8 +16,10 @@ def slug(record: Record) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (record["environment"]["gpu"] or "cpu").lower()).strip("-")
 
 
-def write(record: Record, folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
-    """`stem.json`, `stem.csv` and `stem.md` in `folder`, which is made if missing."""
+def write(
+    record: Record, folder: pathlib.Path, stem: str, render: Callable[[Record], str] | None = None
+) -> list[pathlib.Path]:
+    """`stem.json`, `stem.csv` and `stem.md`, the last by `render`, in `folder`, which is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}.{ending}" for ending in ("json", "csv", "md")]
     paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -25,7 +27,7 @@ def write(record: Record, folder: pathlib.Path, stem: str) -> list[pathlib.Path]
         writer = csv.DictWriter(f, fieldnames=list(record["rows"][0]) if record["rows"] else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(record["rows"])
-    paths[2].write_text(markdown(record), encoding="utf-8")
+    paths[2].write_text((render or markdown)(record), encoding="utf-8")
     return paths
 
 

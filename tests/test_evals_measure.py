@@ -186,8 +186,9 @@ def test_a_table_is_aligned_markdown():
 
 def test_readme_parts_are_replaced_between_their_markers(tmp_path):
     text = "top\n<!-- bench begin: made -->\nold\n<!-- bench end -->\nmid\n<!-- demo begin -->\n<!-- demo end -->\n"
+    text += "<!-- wave begin -->\n<!-- wave end -->\n"
     assert readme.render(text, tmp_path) == text.replace("old\n", "")
-    with pytest.raises(ValueError, match="no markers for: demo"):
+    with pytest.raises(ValueError, match="no markers for: demo, wave"):
         readme.render(text.split("mid")[0], tmp_path)
 
 
