@@ -1,4 +1,4 @@
-"""RetroInfer's quality benchmark: its data, its losses against the reference's, its claims and its record."""
+"""RetroInfer's benchmarks: quality (data, losses against the reference's, claims, record), then speed and memory."""
 
 import json
 import math
@@ -6,8 +6,20 @@ import math
 import pytest
 import torch
 
+import attnlab
 from attnlab import WaveConfig, WaveIndex, wave_reference
-from attnlab.evals import demo_model, measure, readme, wave_data, wave_quality
+from attnlab.evals import (
+    bench,
+    bench_cases,
+    bench_check,
+    bench_wave,
+    demo_model,
+    measure,
+    readme,
+    report,
+    wave_data,
+    wave_quality,
+)
 from attnlab.evals.wave_quality import BUDGETS, METHODS, Loss
 from attnlab.reference import retroinfer as reference
 
@@ -87,6 +99,7 @@ def test_llama_rows_are_what_its_attention_sees(monkeypatch):
     def hooked(*args):
         model = build(*args)
         for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data *= 10  # random weights attend to all alike, and would hide a wrong query
             layer.self_attn.register_forward_hook(
                 lambda module, _, out: seen.append((module.o_proj.weight, out[0][0])), with_kwargs=False
             )
@@ -98,7 +111,7 @@ def test_llama_rows_are_what_its_attention_sees(monkeypatch):
     for row, (weight, out) in zip(rows, seen, strict=True):
         assert row.q.shape == (8, 8, 64) and row.k.shape == row.v.shape == (256, 2, 64)
         # The query after the last key sees that key and those before it, and its own, which the row lacks.
-        mine = wave_quality.attnlab.full_attention(row.q[:1][None], row.k[None], row.v[None])[0, 0]
+        mine = attnlab.full_attention(row.q[:1][None], row.k[None], row.v[None])[0, 0]
         own = (mine.flatten() @ weight.T - out[256]).norm() / out[256].norm()
         assert own < 0.1
     assert not torch.equal(rows[0].k, wave_data.llama(256, 8, 0)[0].k)
@@ -152,3 +165,90 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         wave_quality.parse([])
     assert "transformers is not installed: pip install 'attnlab[hf]'" in capsys.readouterr().err
+
+
+CPU = torch.device("cpu")
+SMALL = bench_cases.Shape(4, 2, 16, "float32")
+CASE = bench_cases.Case("wave_decode", 512)
+
+
+def test_bench_writes_retroinfers_rows(monkeypatch, tmp_path, capsys):
+    targets = {"wave_decode": 0.0, "wave_build": 0.0, "wave_faiss": 1e9, "wave_growth": 1e9, "wave_memory": 0.01}
+    few = [bench_cases.Case(kind, 2048, target=goal, repeats=1) for kind, goal in targets.items()]
+    monkeypatch.setattr(bench_wave, "cases", lambda device, quick: few)
+    monkeypatch.setattr(bench_wave, "CPU_SHAPE", SMALL)
+    only = ",".join(bench_wave.KINDS)
+    assert bench.main(["--out", str(tmp_path), "--device", "cpu", "--only", only]) == 0
+    record = json.loads((tmp_path / "bench-cpu.json").read_text())
+    rows = [row for row in record["rows"] if row["target"] is not None]
+    met = {"wave_decode": True, "wave_build": False, "wave_faiss": False, "wave_growth": True, "wave_memory": False}
+    if bench_wave.no_faiss(CPU):
+        met.pop("wave_faiss")
+        assert any("faiss: skipped" in note for note in record["notes"])
+    assert {row["kind"]: row["met"] for row in rows} == met
+    by_kind = {kind: [row for row in record["rows"] if row["kind"] == kind] for kind in targets}
+    # 124 clusters of two means of 16 floats, a radius and an offset; 2048 tokens of a key and a value.
+    assert by_kind["wave_memory"][1]["figure"] == 124 * (2 * 16 + 2) / (2048 * 32)
+    dense, ours = by_kind["wave_build"]
+    assert ours["figure"] == pytest.approx(ours["p50"] / dense["p50"])
+    assert [row["length"] for row in by_kind["wave_growth"]] == [256, 512, 1024, 2048]
+    text = (tmp_path / "bench-cpu.md").read_text()
+    assert text == report.markdown(record) and text in capsys.readouterr().out
+    for words in ("4 heads, 2 KV heads, D=16", "decode, 1 token", ">= 0: met", "<= 0%: missed", "<= 1%: missed"):
+        assert words in text
+
+
+def test_faiss_is_optional(monkeypatch):
+    monkeypatch.setattr(bench_wave.importlib.util, "find_spec", lambda name: None)
+    assert bench_wave.no_faiss(CPU) == "not installed (pip install 'attnlab[faiss-cpu]')"
+    assert "CPU" in bench_wave.no_faiss(torch.device("cuda"))
+
+
+def test_check_passes_what_is_right():
+    bench_check.check(CASE, SMALL, CPU, "portable")
+
+
+def test_check_stops_a_wrong_step(monkeypatch):
+    honest = attnlab.wave_attention
+
+    def wrong(*args, **options):
+        out = honest(*args, **options)
+        return out if options["backend"] == "reference" or "retrieval_ratio" in options else out * 1.001
+
+    monkeypatch.setattr(attnlab, "wave_attention", wrong)
+    with pytest.raises(bench_check.Disagreement, match=r"wave_decode T=512 \[portable\]: step: error"):
+        bench_check.check(CASE, SMALL, CPU, "portable")
+
+
+def test_check_stops_bad_clusters(monkeypatch):
+    honest = WaveIndex.build
+
+    def lazy(k, v, config, *, backend):
+        return honest(
+            k, v, config if backend == "reference" else WaveConfig(segment=512, iterations=1), backend=backend
+        )
+
+    monkeypatch.setattr(attnlab.WaveIndex, "build", lazy)
+    with pytest.raises(bench_check.Disagreement, match="objective"):
+        bench_check.check(CASE, SMALL, CPU, "portable")
+
+
+def test_check_stops_a_wrong_full_step(monkeypatch):
+    honest = attnlab.wave_attention
+
+    def wrong(*args, **options):
+        out = honest(*args, **options)
+        return out * 1.001 if "retrieval_ratio" in options else out
+
+    monkeypatch.setattr(attnlab, "wave_attention", wrong)
+    with pytest.raises(bench_check.Disagreement, match="step over every cluster: error"):
+        bench_check.check(CASE, SMALL, CPU, "portable")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_have_their_kinds(device):
+    full, quick = (bench_wave.cases(torch.device(device), q) for q in (False, True))
+    kinds = set(bench_wave.KINDS)
+    assert {case.kind for case in quick} == kinds
+    assert {case.kind for case in full} == kinds - ({"wave_faiss"} if device == "cuda" else set())
+    assert all((case.target is None) == (device == "cuda") for case in full)
