@@ -155,16 +155,15 @@ def faiss_contenders(case: Case, shape: Shape) -> Contenders:
     problems = [x.numpy() for part in keys.split(spec.segment, 1) for x in part.contiguous()]
     faiss.omp_set_num_threads(torch.get_num_threads())
 
-    def cluster() -> None:
-        for x in problems:
-            count = cdiv(len(x), spec.tokens_per_cluster)
-            options = {"niter": spec.iterations - 1, "spherical": True, "min_points_per_centroid": 1}
-            kmeans = faiss.Kmeans(x.shape[1], count, max_points_per_centroid=len(x), **options)
-            kmeans.train(x, init_centroids=x[[(2 * i + 1) * len(x) // (2 * count) for i in range(count)]])
-            kmeans.index.search(x, 1)
+    def cluster(x: Any) -> Any:
+        count = cdiv(len(x), spec.tokens_per_cluster)
+        options = {"niter": spec.iterations - 1, "spherical": True, "min_points_per_centroid": 1}
+        kmeans = faiss.Kmeans(x.shape[1], count, max_points_per_centroid=len(x), **options)
+        kmeans.train(x, init_centroids=x[[(2 * i + 1) * len(x) // (2 * count) for i in range(count)]])
+        return kmeans.index.search(x, 1)[1][:, 0]
 
-    whole = plan(spec, [(0, 0, tokens)], [0])
-    return {"faiss": cluster, "portable": functools.partial(portable.kmeans, k, whole, spec)}
+    ours = functools.partial(portable.kmeans, k, plan(spec, [(0, 0, tokens)], [0]), spec)
+    return {"faiss": lambda: [cluster(x) for x in problems], "portable": ours}
 
 
 def memory(case: Case, shape: Shape, device: torch.device, backend: str) -> tuple[int, int]:

@@ -174,7 +174,7 @@ CASE = bench_cases.Case("wave_decode", 512)
 
 def test_bench_writes_retroinfers_rows(monkeypatch, tmp_path, capsys):
     targets = {"wave_decode": 0.0, "wave_build": 0.0, "wave_faiss": 1e9, "wave_growth": 1e9, "wave_memory": 0.01}
-    few = [bench_cases.Case(kind, 2048, target=goal, repeats=1) for kind, goal in targets.items()]
+    few = [bench_cases.Case(kind, 1024, target=goal, repeats=1) for kind, goal in targets.items()]
     monkeypatch.setattr(bench_wave, "cases", lambda device, quick: few)
     monkeypatch.setattr(bench_wave, "CPU_SHAPE", SMALL)
     only = ",".join(bench_wave.KINDS)
@@ -187,15 +187,43 @@ def test_bench_writes_retroinfers_rows(monkeypatch, tmp_path, capsys):
         assert any("faiss: skipped" in note for note in record["notes"])
     assert {row["kind"]: row["met"] for row in rows} == met
     by_kind = {kind: [row for row in record["rows"] if row["kind"] == kind] for kind in targets}
-    # 124 clusters of two means of 16 floats, a radius and an offset; 2048 tokens of a key and a value.
-    assert by_kind["wave_memory"][1]["figure"] == 124 * (2 * 16 + 2) / (2048 * 32)
+    # 60 clusters of two means of 16 floats, a radius and an offset; 1024 tokens of a key and a value.
+    assert by_kind["wave_memory"][1]["figure"] == 60 * (2 * 16 + 2) / (1024 * 32)
     dense, ours = by_kind["wave_build"]
     assert ours["figure"] == pytest.approx(ours["p50"] / dense["p50"])
-    assert [row["length"] for row in by_kind["wave_growth"]] == [256, 512, 1024, 2048]
+    assert [row["length"] for row in by_kind["wave_growth"]] == [128, 256, 512, 1024]
     text = (tmp_path / "bench-cpu.md").read_text()
     assert text == report.markdown(record) and text in capsys.readouterr().out
     for words in ("4 heads, 2 KV heads, D=16", "decode, 1 token", ">= 0: met", "<= 0%: missed", "<= 1%: missed"):
         assert words in text
+
+
+def test_figures_of_equal_times(monkeypatch, tmp_path):
+    def equal(contenders, repeats, **options):
+        return {name: [2.0] * repeats for name in contenders}
+
+    kinds = ["wave_decode", "wave_build"] + ["wave_faiss"] * (bench_wave.no_faiss(CPU) is None)
+    few = [bench_cases.Case(kind, 512, target=1.0, repeats=2) for kind in kinds]
+    monkeypatch.setattr(bench_wave, "cases", lambda device, quick: few)
+    monkeypatch.setattr(bench_wave, "CPU_SHAPE", SMALL)
+    monkeypatch.setattr(bench, "interleave", equal)
+    bench.main(["--out", str(tmp_path), "--device", "cpu", "--only", ",".join(kinds)])
+    rows = json.loads((tmp_path / "bench-cpu.json").read_text())["rows"]
+    assert [row["p50"] for row in rows if row["kind"] == "wave_build"] == [32000.0, 2000.0]  # a quarter, squared
+    figures = {row["kind"]: (row["figure"], row["met"]) for row in rows if row["target"]}
+    wanted = {"wave_decode": (1.0, True), "wave_build": (1 / 16, True), "wave_faiss": (1.0, True)}
+    assert figures == {kind: wanted[kind] for kind in kinds}
+
+
+def test_faiss_solves_the_same_problem():
+    pytest.importorskip("faiss")
+    contenders = bench_wave.faiss_contenders(bench_cases.Case("wave_faiss", 1024), SMALL)
+    k = bench_cases.make_qkv(SMALL, 1024, CPU)[1][0].double()
+    theirs = torch.stack([torch.from_numpy(x) for x in contenders["faiss"]()])
+    assert theirs.shape == (2, 1024) and theirs.max() == 63
+    for mine, other, x in zip(contenders["portable"](), theirs, (k - k.mean(0)).unbind(1), strict=True):
+        objective, wanted = (reference.total(x, labels.long(), 64).norm(dim=1).sum() for labels in (mine, other))
+        assert abs(objective / wanted - 1) < 0.02
 
 
 def test_faiss_is_optional(monkeypatch):
