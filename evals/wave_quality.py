@@ -55,9 +55,8 @@ def losses(row: Row) -> Losses:
         everything = _loss(q, index, truth, **METHODS["full"])
         for (name, budget), taken in found.items():
             taken.append(everything if name == "full" else _loss(q, index, truth, token_budget=budget, **METHODS[name]))
-            if (
-                "estimation" in METHODS[name]
-            ):  # the lse counts what is estimated too; what is read is what `cluster` reads
+            # Estimation adds to the lse; the tokens read are those that `cluster` reads.
+            if "estimation" in METHODS[name]:
                 taken[-1] = taken[-1]._replace(recall=found["cluster", budget][-1].recall)
     return {key: Loss(*map(statistics.fmean, zip(*taken, strict=True))) for key, taken in found.items()}
 
