@@ -59,6 +59,11 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     ]
 
 
+def make_kv(shape: Shape, length: int, device: torch.device | str) -> list[Tensor]:
+    """Gaussian `k, v [1, length, G, D]`, without the queries, which are the larger part."""
+    return list(make_qkv(dataclasses.replace(shape, heads=shape.kv_heads), length, device)[1:])
+
+
 def serving(shape: Shape, device: torch.device) -> tuple[list[str], dict[str, str]]:
     """The backends that can be timed here, and why each other one cannot."""
     q, k, v = make_qkv(shape, 16, device)
@@ -101,7 +106,7 @@ def _objective(index: attnlab.WaveIndex) -> float:
 
 def decode_contenders(case: Case, shape: Shape, device: torch.device, backends: list[str]) -> Contenders:
     """One token against all; queries rotate. Dense gets keys head by head and a group's queries as rows."""
-    _, k, v = make_qkv(shape, case.length, device)
+    k, v = make_kv(shape, case.length, device)
     queries = make_qkv(shape, DECODE_QUERIES, device, seed=1)[0].unsqueeze(2).unbind(1)
     grouped = [q.view(1, shape.kv_heads, -1, shape.head_dim) for q in queries]
     dense_k, dense_v = heads_first(k, v)
@@ -133,7 +138,7 @@ def growth_contenders(case: Case, shape: Shape, device: torch.device, backends: 
     """Builds named `whole backend length`."""
     contenders: Contenders = {}
     for length in growth_lengths(case):
-        _, k, v = make_qkv(shape, length, device)
+        k, v = make_kv(shape, length, device)
         contenders |= {f"whole {name} {length}": call for name, call in _builds(k, v, backends).items()}
     return contenders
 
@@ -150,7 +155,7 @@ def faiss_contenders(case: Case, shape: Shape) -> Contenders:
     import faiss
 
     spec, tokens = attnlab.WaveConfig().spec, case.length
-    k = make_qkv(shape, tokens, "cpu")[1][0]
+    k = make_kv(shape, tokens, "cpu")[0][0]
     keys = k.transpose(0, 1) - k.mean(0)[:, None]
     problems = [x.numpy() for part in keys.split(spec.segment, 1) for x in part.contiguous()]
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -168,6 +173,6 @@ def faiss_contenders(case: Case, shape: Shape) -> Contenders:
 
 def memory(case: Case, shape: Shape, device: torch.device, backend: str) -> tuple[int, int]:
     """Bytes of the meta index, and of the keys and values."""
-    _, k, v = make_qkv(shape, case.length, device)
+    k, v = make_kv(shape, case.length, device)
     index = attnlab.WaveIndex.build(k, v, attnlab.WaveConfig(iterations=1), backend=backend)
     return index.meta_bytes, index.kv_bytes

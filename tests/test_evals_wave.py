@@ -218,7 +218,7 @@ def test_figures_of_equal_times(monkeypatch, tmp_path):
 def test_faiss_solves_the_same_problem():
     pytest.importorskip("faiss")
     contenders = bench_wave.faiss_contenders(bench_cases.Case("wave_faiss", 1024), SMALL)
-    k = bench_cases.make_qkv(SMALL, 1024, CPU)[1][0].double()
+    k = bench_wave.make_kv(SMALL, 1024, CPU)[0][0].double()
     theirs = torch.stack([torch.from_numpy(x) for x in contenders["faiss"]()])
     assert theirs.shape == (2, 1024) and theirs.max() == 63
     for mine, other, x in zip(contenders["portable"](), theirs, (k - k.mean(0)).unbind(1), strict=True):
