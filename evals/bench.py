@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnlab.evals import bench_cases as bc
-from attnlab.evals import report
+from attnlab.evals import bench_wave, report
 from attnlab.evals.bench_check import Disagreement, check
 from attnlab.evals.bench_flex import flex_contenders
 from attnlab.evals.measure import Spread, environment, in_child, interleave, ratio, spread
@@ -18,6 +18,8 @@ from attnlab.evals.progress import Progress
 
 Row = dict[str, Any]
 LEAST_SAMPLE_S = 0.05
+KINDS = bc.KINDS + bench_wave.KINDS
+PLAIN = ("sdpa", "faiss", "flex dense", "flex same blocks")
 
 
 class Bench:
@@ -25,27 +27,38 @@ class Bench:
 
     def __init__(self, device: torch.device, cases: list[bc.Case], quick: bool, repeats: int | None):
         self.device, self.quick, self.repeats = device, quick, repeats
-        self.shape = bc.GPU_SHAPE if device.type == "cuda" else bc.CPU_SHAPE
+        gpu = device.type == "cuda"
+        self.shape = bc.GPU_SHAPE if gpu else bc.CPU_SHAPE
+        self.wave_shape = bench_wave.GPU_SHAPE if gpu else bench_wave.CPU_SHAPE
         self.cases = cases
         self.backends, refused = bc.serving(self.shape, device)
         self.notes = [f"attnlab {name}: skipped, {why}" for name, why in refused.items()]
+        self.wave_backends, refused = bench_wave.serving(self.wave_shape, device)
+        self.notes += [f"RetroInfer, {name}: skipped, {why}" for name, why in refused.items()]
         self.rows: list[Row] = []
         self.progress = Progress(self._steps())
 
     def run(self) -> None:
-        """Check every case, then measure it. Raises Disagreement before the first timing."""
+        """Check, then measure every case. Raises Disagreement before the first timing."""
         kinds = list(dict.fromkeys(case.kind for case in self.cases))
-        for case in self.cases:
-            for backend in self.backends:
+        for case in self._checked():
+            wave = case.kind in bench_wave.KINDS
+            for backend in self.wave_backends if wave else self.backends:
                 self.progress.step(f"check {case} [{backend}]")
-                check(case, self.shape, self.device, backend)
+                check(case, self.wave_shape if wave else self.shape, self.device, backend)
         for kind in kinds:
             getattr(self, f"_{kind}")([case for case in self.cases if case.kind == kind])
         self.progress.close()
 
+    def _checked(self) -> list[bc.Case]:
+        """MoBA's cases, and one of RetroInfer's, whose check is the same for all."""
+        wave = [case for case in self.cases if case.kind in bench_wave.KINDS]
+        return [case for case in self.cases if case not in wave[1:]]
+
     def record(self) -> dict[str, Any]:
         """Everything a table needs."""
-        about = {"environment": environment(self.device), "shape": str(self.shape)}
+        shapes = {"shape": str(self.shape), "wave_shape": str(self.wave_shape)}
+        about = {"environment": environment(self.device), **shapes}
         return about | {"quick": self.quick, "notes": self.notes, "rows": self.rows}
 
     def _forward(self, cases: list[bc.Case]) -> None:
@@ -117,20 +130,65 @@ class Bench:
             samples = self._time(bc.growth_contenders(case, self.shape, self.device, self.backends), case)
             for backend in self.backends:
                 for part in ("whole", "gate", "rest"):
-                    self._growth_rows(case, backend, part, samples)
+                    self._growth_rows(case, backend, part, samples, case.target if part == "rest" else None)
 
-    def _growth_rows(self, case: bc.Case, backend: str, part: str, samples: dict[str, list[float]]) -> None:
+    def _growth_rows(
+        self, case: bc.Case, backend: str, part: str, samples: dict[str, list[float]], target: float | None
+    ) -> None:
         lengths = bc.growth_lengths(case)
         each = {n: [s / n * 1e9 for s in samples[f"{part} {backend} {n}"]] for n in lengths}
         medians = {n: spread(values).p50 for n, values in each.items()}
         growth = max(medians.values()) / min(medians.values())
         for length, values in each.items():
             last = length == lengths[-1]
-            target = case.target if last and part == "rest" else None
             figure = Spread(growth, growth, growth, len(values)) if last else None
-            met = None if target is None else growth <= target
-            row = _row(case, backend, "ns/token", spread(values), figure, target, met, length=length)
+            goal = target if last else None
+            met = None if goal is None else growth <= goal
+            row = _row(case, backend, "ns/token", spread(values), figure, goal, met, length=length)
             self.rows.append(row | {"part": part})
+
+    def _wave_decode(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            contenders = bench_wave.decode_contenders(case, self.wave_shape, self.device, self.wave_backends)
+            self._speed_rows(case, self._time(contenders, case, LEAST_SAMPLE_S))
+
+    def _wave_build(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            contenders = bench_wave.build_contenders(case, self.wave_shape, self.device, self.wave_backends)
+            samples = self._time(contenders, case)
+            samples["sdpa"] = [s * bench_wave.SHORTER**2 for s in samples["sdpa"]]
+            for name, seconds in samples.items():
+                share = None if name == "sdpa" else ratio(seconds, samples["sdpa"])
+                target = case.target if share else None
+                met = None if share is None or target is None else share.p50 <= target
+                self.rows.append(_row(case, name, "ms", spread([s * 1e3 for s in seconds]), share, target, met))
+
+    def _wave_faiss(self, cases: list[bc.Case]) -> None:
+        if why := bench_wave.no_faiss(self.device):
+            self.notes.append(f"faiss: skipped, {why}")
+            return
+        for case in cases:
+            contenders = bench_wave.faiss_contenders(case, self.wave_shape)
+            self._speed_rows(case, self._time(contenders, case), base="faiss")
+
+    def _wave_growth(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            samples = self._time(
+                bench_wave.growth_contenders(case, self.wave_shape, self.device, self.wave_backends), case
+            )
+            for backend in self.wave_backends:
+                self._growth_rows(case, backend, "whole", samples, case.target)
+
+    def _wave_memory(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            for name in self.wave_backends:
+                self.progress.step(f"memory T={case.length} [{name}]")
+                meta, kv = (n / 2**20 for n in bench_wave.memory(case, self.wave_shape, self.device, name))
+                share = Spread(meta / kv, meta / kv, meta / kv, 1)
+                met = None if case.target is None else share.p50 <= case.target
+                for what, held, figure in (("KV", kv, None), (name, meta, share)):
+                    goal = (case.target, met) if figure else (None, None)
+                    self.rows.append(_row(case, what, "MiB", Spread(held, held, held, 1), figure, *goal))
 
     def _time(self, contenders: bc.Contenders, case: bc.Case, least_s: float = 0.0) -> dict[str, list[float]]:
         def tick(name: str) -> None:
@@ -138,24 +196,28 @@ class Bench:
 
         return interleave(contenders, self.repeats or case.repeats, device=self.device, least_s=least_s, tick=tick)
 
-    def _speed_rows(self, case: bc.Case, samples: dict[str, list[float]]) -> None:
+    def _speed_rows(self, case: bc.Case, samples: dict[str, list[float]], base: str = "sdpa") -> None:
         for name, seconds in samples.items():
-            figure = None if name == "sdpa" else ratio(samples["sdpa"], seconds)
-            target = case.target if name in self.backends else None
+            figure = None if name == base else ratio(samples[base], seconds)
+            target = None if name in PLAIN else case.target
             met = None if target is None or figure is None else figure.p50 >= target
             taken = spread([s * 1e3 for s in seconds])
             self.rows.append(_row(case, name, "ms", taken, figure, target, met))
 
     def _steps(self) -> int:
-        ours, steps, dense_forward = len(self.backends), len(self.cases) * len(self.backends), 1
+        steps, dense_forward = 0, 1
         for case in self.cases:
+            ours = len(self.wave_backends if case.kind in bench_wave.KINDS else self.backends)
+            steps += ours * (case in self._checked())
             rounds = (self.repeats or case.repeats) + 1
-            per_round = {"training": 1 + ours, "decode": 1 + ours, "growth": 12 * ours}.get(case.kind, ours)
+            per_round = {"growth": 12 * ours, "wave_growth": 4 * ours}.get(case.kind, 1 + ours)
             if case.kind == "forward":
                 per_round, dense_forward = ours + dense_forward, 0
             if case.kind == "flex":
                 per_round = 0 if self.quick else 3 + ours
-            steps += ours + (case is self.cases[-1]) if case.kind == "memory" else per_round * rounds
+            if case.kind in ("memory", "wave_memory"):
+                per_round, rounds = ours, 1
+            steps += per_round * rounds
         return steps
 
 
@@ -169,7 +231,7 @@ def _row(
     met: bool | None,
     length: int | None = None,
 ) -> Row:
-    name = contender if contender == "sdpa" or contender.startswith("flex") else f"attnlab {contender}"
+    name = contender if contender in (*PLAIN, "KV") else f"attnlab {contender}"
     row = {"kind": case.kind, "length": length or case.length, **case.routing, "contender": name, "part": "whole"}
     row |= {"unit": unit, "p20": taken.p20, "p50": taken.p50, "p80": taken.p80, "n": taken.n}
     low, middle, high = (None, None, None) if figure is None else figure[:3]
@@ -179,16 +241,16 @@ def _row(
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small lengths, seconds, no targets, no FlexAttention")
-    parser.add_argument("--only", help="comma-separated kinds out of: " + ", ".join(bc.KINDS))
+    parser.add_argument("--only", help="comma-separated kinds out of: " + ", ".join(KINDS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench"), help="folder for the record")
     parser.add_argument("--repeats", type=int, help="rounds per case instead of each case's own number")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(argv)
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats must be a positive int, got {options.repeats}")
-    options.kinds = bc.KINDS if options.only is None else tuple(options.only.split(","))
-    if unknown := [kind for kind in options.kinds if kind not in bc.KINDS]:
-        parser.error(f"--only knows {', '.join(bc.KINDS)}, got {', '.join(map(repr, unknown))}")
+    options.kinds = KINDS if options.only is None else tuple(options.only.split(","))
+    if unknown := [kind for kind in options.kinds if kind not in KINDS]:
+        parser.error(f"--only knows {', '.join(KINDS)}, got {', '.join(map(repr, unknown))}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available")
     if options.out.exists() and not options.out.is_dir():
@@ -202,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 when the library and the reference disagree. A missed target is reported, not an error."""
     options = parse(argv)
     device = torch.device(options.device)
-    chosen = [case for case in bc.cases(device, options.quick) if case.kind in options.kinds]
+    every = bc.cases(device, options.quick) + bench_wave.cases(device, options.quick)
+    chosen = [case for case in every if case.kind in options.kinds]
     bench = Bench(device, chosen, options.quick, options.repeats)
     try:
         bench.run()

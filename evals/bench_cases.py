@@ -36,21 +36,25 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One line of the table: `target` is a speed-up over dense SDPA, a multiple of q's bytes, or a growth factor."""
+    """One line of the table: `target` is a speed-up over dense SDPA, a multiple of q's bytes, or a growth factor.
+
+    Without blocks it is one of `bench_wave`'s, which says what its targets are.
+    """
 
     kind: str
     length: int
-    block_size: int
-    topk: int
+    block_size: int | None = None
+    topk: int | None = None
     target: float | None = None
     repeats: int = 5
 
     @property
-    def routing(self) -> dict[str, int]:
+    def routing(self) -> dict[str, int | None]:
         return {"block_size": self.block_size, "topk": self.topk}
 
     def __str__(self) -> str:
-        return f"{self.kind} T={self.length} B={self.block_size} k={self.topk}"
+        blocks = "" if self.block_size is None else f" B={self.block_size} k={self.topk}"
+        return f"{self.kind} T={self.length}{blocks}"
 
 
 CPU_SHAPE = Shape(8, 8, 64, "float32")

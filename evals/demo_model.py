@@ -41,18 +41,20 @@ def stdlib_text(tokens: int) -> Tensor:
     raise ValueError(f"Python's library in {folder} holds {len(taken)} bytes of source, {tokens} are needed")
 
 
-def build(layers: int, tokens: int, device: torch.device) -> Any:
+def build(
+    layers: int, tokens: int, device: torch.device, heads: int = HEADS, kv_heads: int = KV_HEADS, seed: int = 0
+) -> Any:
     """A seeded Llama over bytes, random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=HEADS * HEAD_DIM,
-        intermediate_size=2 * HEADS * HEAD_DIM,
+        hidden_size=heads * HEAD_DIM,
+        intermediate_size=2 * heads * HEAD_DIM,
         num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=tokens,
     )
     return LlamaForCausalLM(config).eval().to(device)

@@ -52,6 +52,31 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(at(0.2), statistics.median(ranked), at(0.8), len(ranked))
 
 
+# The 97.5 % point of Student's t with 1, 2, ... degrees of freedom.
+T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval, in the unit of the samples."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def interval(samples: Sequence[float]) -> Interval:
+    """The mean of independent `samples` with Student's t interval. Raises ValueError unless they are 2 to 31."""
+    n = len(samples)
+    if not 2 <= n <= len(T_975) + 1:
+        raise ValueError(f"interval: needs 2 to {len(T_975) + 1} samples, got {n}")
+    mean, half = statistics.fmean(samples), T_975[n - 2] * statistics.stdev(samples) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
 def ratio(base: Sequence[float], other: Sequence[float]) -> Spread:
     """How many times faster `other` is than `base`, round by round."""
     return spread([b / o for b, o in zip(base, other, strict=True)])

@@ -1,7 +1,7 @@
 """`python -m attnlab.evals.readme`: rewrite the measured parts of README.md from the committed records.
 
-With `--measure`, run the benchmark and the demo first and commit their records to evals/results/. `--check` only says
-whether README.md is up to date.
+With `--measure`, run what measures them first and commit the records to evals/results/. `--check` only says whether
+README.md is up to date.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from attnlab.evals.measure import ROOT
 
 RESULTS = ROOT / "evals" / "results"
 README = ROOT / "README.md"
-PART = re.compile(r"(<!-- (bench|demo) begin[^\n]*-->\n).*?(<!-- \2 end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- (bench|demo|wave) begin[^\n]*-->\n).*?(<!-- \2 end -->)", re.DOTALL)
 
 
 def parts(results: pathlib.Path) -> dict[str, str]:
     """The generated parts by name, from the records in `results`."""
-    bench, demo = (sorted(results.glob(f"{name}-*.json"), key=_cpu_first) for name in ("bench", "demo"))
-    return {"bench": "\n".join(map(_bench, bench)), "demo": "\n".join(map(_demo, demo))}
+    makers = {"bench": _bench, "demo": _demo, "wave": _wave}
+    found = {name: sorted(results.glob(f"{name}-*.json"), key=_cpu_first) for name in makers}
+    return {name: "\n".join(map(make, found[name])) for name, make in makers.items()}
 
 
 def render(text: str, results: pathlib.Path) -> str:
@@ -54,19 +55,26 @@ def _demo(path: pathlib.Path) -> str:
     return f"![{demo.CAPTION}](evals/results/{path.stem}.png)\n\n{demo.markdown(record)}"
 
 
+def _wave(path: pathlib.Path) -> str:
+    from attnlab.evals import wave_quality
+
+    return wave_quality.markdown(_load(path))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="readme", description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="run the benchmark and the demo first, about 8 minutes")
+    parser.add_argument("--measure", action="store_true", help="run benchmark, demo and wave_quality first, 12 minutes")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if README.md is out of date")
     options = parser.parse_args(argv)
     if not README.exists():
         print("readme: README.md lies in a checkout, and this is an installed package", file=sys.stderr)
         return 2
     if options.measure:
-        from attnlab.evals import bench, demo
+        from attnlab.evals import bench, demo, wave_quality
 
-        if status := bench.main(["--out", str(RESULTS)]) or demo.main(["--out", str(RESULTS)]):
-            return status
+        for made in (bench, demo, wave_quality):
+            if status := made.main(["--out", str(RESULTS)]):
+                return status
     old = README.read_text(encoding="utf-8")
     new = render(old, RESULTS)
     if options.check:

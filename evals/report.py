@@ -4,7 +4,7 @@ import csv
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -16,8 +16,10 @@ def slug(record: Record) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (record["environment"]["gpu"] or "cpu").lower()).strip("-")
 
 
-def write(record: Record, folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
-    """`stem.json`, `stem.csv` and `stem.md` in `folder`, which is made if missing."""
+def write(
+    record: Record, folder: pathlib.Path, stem: str, render: Callable[[Record], str] | None = None
+) -> list[pathlib.Path]:
+    """`stem.json`, `stem.csv` and `stem.md`, the last by `render`, in `folder`, which is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}.{ending}" for ending in ("json", "csv", "md")]
     paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -25,7 +27,7 @@ def write(record: Record, folder: pathlib.Path, stem: str) -> list[pathlib.Path]
         writer = csv.DictWriter(f, fieldnames=list(record["rows"][0]) if record["rows"] else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(record["rows"])
-    paths[2].write_text(markdown(record), encoding="utf-8")
+    paths[2].write_text((render or markdown)(record), encoding="utf-8")
     return paths
 
 
@@ -50,9 +52,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def markdown(record: Record) -> str:
-    """The whole record: machine, speed, FlexAttention, memory and growth, and what was skipped."""
+    """The whole record: machine, speed, FlexAttention, memory and growth, RetroInfer's, and what was skipped."""
     parts = [machine(record) + "\n", _speed(record["rows"]), _flex(record["rows"]), _memory(record["rows"])]
-    parts += [_growth(record["rows"]), "".join(f"- {note}\n" for note in record["notes"])]
+    parts += [_growth(record["rows"]), _wave(record), _wave_growth(record["rows"])]
+    parts.append("".join(f"- {note}\n" for note in record["notes"]))
     return "\n".join(part for part in parts if part)
 
 
@@ -93,17 +96,46 @@ def _memory(rows: list[Row]) -> str:
 
 def _growth(rows: list[Row]) -> str:
     ours = [row for row in rows if row["kind"] == "growth"]
+    what = {"whole": "whole forward", "gate": "gate alone", "rest": "apart from the gate"}
+    return _grown(ours, f"ns per token, B={ours[0]['block_size']} k={ours[0]['topk']}", what) if ours else ""
+
+
+def _wave_growth(rows: list[Row]) -> str:
+    ours = [row for row in rows if row["kind"] == "wave_growth"]
+    return _grown(ours, "ns per token", {"whole": "RetroInfer, index build"}) if ours else ""
+
+
+def _grown(ours: list[Row], title: str, what: dict[str, str]) -> str:
     lengths = sorted({row["length"] for row in ours})
     lines = []
     for last in (row for row in ours if row["length"] == lengths[-1]):
         same = [row for row in ours if (row["contender"], row["part"]) == (last["contender"], last["part"])]
         each = [f"{row['p50']:.0f}" for row in sorted(same, key=lambda row: row["length"])]
-        what = {"whole": "whole forward", "gate": "gate alone", "rest": "apart from the gate"}[last["part"]]
-        lines.append((last["contender"], what, *each, f"{last['figure']:.2f}", _goal(last, "<=")))
-    if not lines:
-        return ""
-    routing = f"ns per token, B={ours[0]['block_size']} k={ours[0]['topk']}"
-    return table(("backend", routing, *map(str, lengths), "largest / smallest", "target"), lines)
+        lines.append((last["contender"], what[last["part"]], *each, f"{last['figure']:.2f}", _goal(last, "<=")))
+    return table(("backend", title, *map(str, lengths), "largest / smallest", "target"), lines)
+
+
+def _wave(record: Record) -> str:
+    names = {
+        "wave_decode": ("decode, 1 token, ms", "SDPA dense"),
+        "wave_build": ("index build, ms", "SDPA causal prefill: 16 x a quarter of the tokens"),
+        "wave_faiss": ("k-means alone, ms", "faiss, same starts and assignments"),
+        "wave_memory": ("meta index, MiB", "keys and values"),
+    }
+    bases = {_case(row): row for row in record["rows"] if row["contender"] in ("sdpa", "faiss", "KV")}
+    lines = []
+    for row in record["rows"]:
+        if row["kind"] not in names or row["figure"] is None:
+            continue
+        what, against = names[row["kind"]]
+        share = row["kind"] in ("wave_build", "wave_memory")
+        figures = (row[key] for key in ("figure", "figure_p20", "figure_p80"))
+        middle, low, high = (f"{100 * x:.1f}%" if share else f"{x:.1f}x" for x in figures)
+        spread = "" if low == high else f" ({low}-{high})"
+        where = (what, str(row["length"]), row["contender"], _time(row), against, _time(bases[_case(row)]))
+        lines.append((*where, middle + spread, _goal(row, "<=", "%") if share else _goal(row, ">=")))
+    head = (f"RetroInfer: {record.get('wave_shape')}", "tokens", "backend", "measured", "against", "measured")
+    return table((*head, "speed-up or share (p20-p80)", "target"), lines) if lines else ""
 
 
 def _case(row: Row) -> tuple[Any, ...]:
@@ -123,5 +155,7 @@ def _against(dense: Row, row: Row) -> tuple[str, str, str]:
     return _time(dense), _time(row), f"{row['figure']:.1f}x ({row['figure_p20']:.1f}-{row['figure_p80']:.1f})"
 
 
-def _goal(row: Row, relation: str) -> str:
-    return "" if row["target"] is None else f"{relation} {row['target']:g}: {'met' if row['met'] else 'missed'}"
+def _goal(row: Row, relation: str, unit: str = "") -> str:
+    if row["target"] is None:
+        return ""
+    return f"{relation} {row['target'] * (100 if unit == '%' else 1):g}{unit}: {'met' if row['met'] else 'missed'}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import attnlab
-from attnlab.evals import bench, bench_cases, bench_check, bench_flex, measure, readme, report
+from attnlab.evals import bench, bench_cases, bench_check, bench_flex, bench_wave, measure, readme, report
 from attnlab.evals.progress import Progress
 
 CPU = torch.device("cpu")
@@ -137,6 +137,7 @@ def test_bench_reports_no_speed_when_results_are_wrong(monkeypatch, tmp_path, ca
 def test_bench_writes_a_record_of_every_kind(monkeypatch, tmp_path, capsys):
     few = [bench_cases.Case(kind, 256, 16, 3, target=1e9, repeats=1) for kind in bench_cases.KINDS if kind != "flex"]
     monkeypatch.setattr(bench_cases, "cases", lambda device, quick: few)
+    monkeypatch.setattr(bench_wave, "cases", lambda device, quick: [])
     monkeypatch.setattr(bench_cases, "CPU_SHAPE", SMALL)
     assert bench.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
     record = json.loads((tmp_path / "bench-cpu.json").read_text())
@@ -186,8 +187,9 @@ def test_a_table_is_aligned_markdown():
 
 def test_readme_parts_are_replaced_between_their_markers(tmp_path):
     text = "top\n<!-- bench begin: made -->\nold\n<!-- bench end -->\nmid\n<!-- demo begin -->\n<!-- demo end -->\n"
+    text += "<!-- wave begin -->\n<!-- wave end -->\n"
     assert readme.render(text, tmp_path) == text.replace("old\n", "")
-    with pytest.raises(ValueError, match="no markers for: demo"):
+    with pytest.raises(ValueError, match="no markers for: demo, wave"):
         readme.render(text.split("mid")[0], tmp_path)
 
 

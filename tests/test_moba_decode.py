@@ -218,6 +218,20 @@ def test_head_major_pages_need_no_copy(decode):
         assert torch.equal(one, other)
 
 
+@ON_CPU
+def test_long_blocks_of_growing_keys(backend):
+    """Each stretch of a block has larger scores than the one before, so that what was summed up has to shrink."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 700, h, 16, generator=g) for h in (4, KV_HEADS, KV_HEADS))
+    k = k * torch.linspace(0.1, 4.0, 700)[:, None, None]
+    cache = MoBACache(1, 700, KV_HEADS, 16, block_size=300)
+    cache.append(k, v)
+    out, lse = moba_decode(q[:, -1:], cache, topk=2, return_lse=True, backend=backend)
+    expected = truth(q[:, -1:], k, v, None, block_size=300, topk=2)
+    torch.testing.assert_close(out.double(), expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
+
+
 def test_reset_reuses_pages_and_forgets():
     q, k, v = inputs(2, 32, 2, seed=5)
     cache = MoBACache(2, 32, KV_HEADS, DIM, block_size=4, page_size=8, pages=6)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .spec import Plan, Spec
 
-CHUNK_SCORES = 1 << 19  # scores held at a time: they stay in the caches
+CHUNK_SCORES = 1 << 20  # scores held at a time: they stay in the caches
 CHUNK_TOKENS = 64  # fewest keys a matrix product is worth
 
 
