@@ -4,6 +4,7 @@ Segments of one length are one batch of problems, `x [P, t, D]`, keys minus thei
 cache-sized chunk at a time. Sums follow a stable sort by label, so the same input gives the same bits.
 """
 
+from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from .spec import Plan, Spec
 
+Assign = Callable[[Tensor, Tensor], Tensor]
+Update = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHUNK_SCORES = 1 << 19  # scores held at a time: they stay in the caches
 CHUNK_TOKENS = 64  # fewest keys a matrix product is worth
 
@@ -25,21 +28,25 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def kmeans(k: Tensor, plan: Plan, spec: Spec) -> Tensor:
-    """Labels `[G, n]` int32 of keys `[n, G, D]`: slots of the call, -1 outside the plan."""
+def kmeans(k: Tensor, plan: Plan, spec: Spec, best: Assign | None = None, refine: Update | None = None) -> Tensor:
+    """Labels `[G, n]` int32 of keys `[n, G, D]`: slots of the call, -1 outside the plan.
+
+    `best` and `refine` may take the place of `assign` and `update`.
+    """
+    best, refine = best or assign, refine or update
     labels = torch.full((k.shape[1], k.shape[0]), -1, dtype=torch.int32, device=k.device)
     found: dict[int, Tensor] = {}
     batches = centred(k, plan)
     for batch in batches:
         centroids = start(batch.x, plan.clusters[batch.segments[0]])
         for _ in range(spec.iterations - 1):
-            centroids = update(batch.x, assign(batch.x, centroids), centroids)
+            centroids = refine(batch.x, best(batch.x, centroids), centroids)
         if spec.global_pass:
             found.update(zip(batch.segments, centroids.unflatten(0, (-1, k.shape[1])), strict=True))
         else:
-            place(labels, assign(batch.x, centroids), batch, plan)
+            place(labels, best(batch.x, centroids), batch, plan)
     if spec.global_pass:
-        final_pass(labels, batches, found, plan)
+        final_pass(labels, batches, found, plan, best)
     if spec.max_cluster:
         for (_, begin, end), count in zip(plan.ranges, plan.slots, strict=True):
             labels[:, begin:end] = split(labels[:, begin:end].long(), count, spec.max_cluster).int()
@@ -84,13 +91,13 @@ def place(labels: Tensor, chosen: Tensor, batch: Batch, plan: Plan) -> None:
         torch.add(x, plan.first[i], out=labels[:, plan.starts[i] : plan.starts[i] + plan.lengths[i]])
 
 
-def final_pass(labels: Tensor, batches: list[Batch], found: dict[int, Tensor], plan: Plan) -> None:
+def final_pass(labels: Tensor, batches: list[Batch], found: dict[int, Tensor], plan: Plan, best: Assign) -> None:
     """Assign every key to the best centroid of its whole row, `found` by segment."""
     rows = {row: torch.cat([found[i] for i, r in enumerate(plan.rows) if r == row], 1) for row in set(plan.rows)}
     for batch in batches:
         for i, x in zip(batch.segments, batch.x.split(len(labels)), strict=True):
             begin = plan.starts[i]
-            labels[:, begin : begin + plan.lengths[i]] = assign(x, rows[plan.rows[i]])
+            labels[:, begin : begin + plan.lengths[i]] = best(x, rows[plan.rows[i]])
 
 
 def normalise(x: Tensor) -> Tensor:
