@@ -14,6 +14,8 @@ from .wave_config import check_choice, check_share
 from .wave_index import BACKENDS, WaveIndex
 
 SELECTORS = ("wave", "full", "oracle", "quest", "cluster")
+# The selectors compared at one token budget have no kernels of their own.
+COMPARISON = BACKENDS | {"triton": lambda call: ["selector and token_budget are for portable and reference"]}
 
 
 class ErrorBound(NamedTuple):
@@ -60,7 +62,7 @@ def wave_attention(
             are taken whole while they fit, one at least. Meant for quality, not speed: every score is computed.
         return_lse: also return the lse.
         return_error_bound: also return the `ErrorBound`.
-        backend: `"auto"`, `"reference"` or `"portable"`.
+        backend: `"auto"`, `"reference"`, `"portable"` or `"triton"` (without `selector` and `token_budget`).
 
     Returns:
         `out [B, 1, Hq, D]`, then `lse [B, 1, Hq]` float32 (float64) and the bound, if asked for. A row without tokens:
@@ -75,7 +77,8 @@ def wave_attention(
     fn = "wave_attention"
     _check_query(fn, q, index)
     config = index.config
-    if selector != "wave" or token_budget is not None:
+    comparing = selector != "wave" or token_budget is not None
+    if comparing:
         _check_selector(fn, selector, token_budget, retrieval_ratio, return_error_bound)
         retrieval_ratio = 0.0  # what is read follows from token_budget, and the next clusters are estimated
     retrieval = config.retrieval_ratio if retrieval_ratio is None else retrieval_ratio
@@ -87,8 +90,10 @@ def wave_attention(
     check_bool(fn, "return_lse", return_lse)
     check_bool(fn, "return_error_bound", return_error_bound)
     scale = check_scale(fn, scale, q.shape[3])
-    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, BACKENDS)
-    most, error = max(index.clusters), config.max_error if config.budget == "adaptive" else 0.0
+    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, COMPARISON if comparing else BACKENDS)
+    # What a CUDA graph of a step captures must serve after the index has grown.
+    most = index.store.radius.shape[2] if name == "triton" else max(index.clusters)
+    error = config.max_error if config.budget == "adaptive" else 0.0
     width = most if error else part(retrieval, most)
     query = Query(scale, config.group_reduce, config.weight_by_size, estimation, width, error, return_error_bound)
     store = index.store._replace(budgets=index.budgets(retrieval, estimated, estimation))
@@ -138,6 +143,10 @@ def _check_selector(
 def _attend(backend: str) -> Callable[..., Attended]:
     if backend == "reference":
         return wave_reference.attend
+    if backend == "triton":
+        from .kernels.retroinfer import launch
+
+        return launch.attend
     from .kernels.retroinfer.portable import attend
 
     return attend

@@ -2,19 +2,19 @@
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import wave_file, wave_reference
-from .dispatch import MAX_HEAD_DIM, Call, Reasons, check_int, pick, portable_reasons, reference_reasons
+from .dispatch import MAX_HEAD_DIM, Call, Reasons, check_int, pick, portable_reasons, reference_reasons, triton_reasons
 from .kernels.retroinfer.spec import Plan, Spec, Store, allocate, budget, places, plan
 from .packs import without_autocast
 from .wave_config import WaveConfig
 
-BACKENDS: dict[str, Reasons] = {"portable": portable_reasons, "reference": reference_reasons}
+BACKENDS: dict[str, Reasons] = {"triton": triton_reasons, "portable": portable_reasons, "reference": reference_reasons}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -36,7 +36,7 @@ class WaveIndex:
         config: see `WaveConfig`.
         dtype: float16, bfloat16, float32 or float64. Radii are float32 (float64).
         device: the default device if None.
-        backend: which one clusters, `"auto"`, `"reference"` or `"portable"`.
+        backend: which one clusters, `"auto"`, `"reference"`, `"portable"` or `"triton"`.
 
     Attributes:
         store: the tensors, see `kernels/retroinfer/spec.py`. They keep their addresses.
@@ -288,8 +288,17 @@ def _portable() -> ModuleType:
 
 @without_autocast
 def _extend(k: Tensor, v: Tensor, store: Store, call: Plan, spec: Spec, backend: str) -> None:
-    labels = wave_reference.kmeans(k, call, spec) if backend == "reference" else None
-    _portable().extend(store, k, v, call, spec, labels)
+    _portable().extend(store, k, v, call, spec, _kmeans(backend)(k, call, spec))
+
+
+def _kmeans(backend: str) -> Callable[[Tensor, Plan, Spec], Tensor]:
+    if backend == "reference":
+        return wave_reference.kmeans
+    if backend == "triton":
+        from .kernels.retroinfer.launch import kmeans
+
+        return kmeans
+    return _portable().kmeans
 
 
 def _check_config(config: WaveConfig | None) -> WaveConfig:
