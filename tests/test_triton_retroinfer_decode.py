@@ -25,10 +25,11 @@ SMALL = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 def small_tiles(monkeypatch):
     """So few clusters and keys at a time that short rows need several tiles and shares."""
     real = configs.get
-    tiles = {"BLOCK_N": 16} | dict.fromkeys(("BLOCK_T", "BLOCK_S"), 2)
-    monkeypatch.setattr(configs, "get", lambda *key: {n: tiles.get(n, x) for n, x in real(*key).items()})
+    tiles = {name: {"BLOCK_N": 16} for name in ("score", "exact", "estimate")}
+    tiles |= {"rank": {"BLOCK_T": 2}, "merge": {"BLOCK_S": 2}}
+    monkeypatch.setattr(configs, "get", lambda name, *key: real(name, *key) | tiles.get(name.split(".")[1], {}))
     for module in (exact, estimate):
-        monkeypatch.setattr(module, "shares", lambda *_: 3)
+        monkeypatch.setattr(module, "shares", lambda *_: 2)
 
 
 def run(x: Rows, store: Store, query: Query = QUERY, ratios=(0.1, 0.3), spec: Spec = SPEC, device="cpu", fetch=None):
@@ -63,10 +64,9 @@ def compare(x: Rows, store: Store, got: Attended, query: Query, spec: Spec = SPE
     [
         (1, 32, torch.float32, 0.2),
         (2, 80, torch.float16, -0.1),
-        (3, 128, torch.float32, 0.1),
-        (8, 32, torch.float16, 0.2),
+        (3, 128, torch.float16, 0.1),
+        (8, 32, SMALL, 0.2),
         (3, 256, SMALL, 0.06),
-        (2, 256, torch.float32, 0.06),
     ],
 )
 def test_ragged_rows(group, d, dtype, scale, device):
@@ -83,12 +83,9 @@ def test_ragged_rows(group, d, dtype, scale, device):
     "estimation, reduce, weight, ratios",
     [
         ("ratio", "sum", True, (0.2, 0.3)),
-        ("ratio", "mean", False, (0.0, 0.25)),
         ("ratio", "max", True, (0.5, 1.0)),
-        ("all", "max", False, (0.1, 0.0)),
-        ("all", "sum", False, (0.0, 0.0)),
+        ("all", "max", False, (0.0, 0.0)),
         ("none", "mean", True, (0.3, 0.5)),
-        ("none", "sum", False, (0.0, 0.0)),
         ("ratio", "sum", False, (1.0, 0.5)),
     ],
 )
@@ -113,7 +110,7 @@ def test_everything_read_is_full_attention(device):
     assert got.lower is None and got.upper is None
 
 
-@pytest.mark.parametrize("max_error, dtype", [(0.5, torch.float32), (0.1, torch.float16), (1e-9, torch.float32)])
+@pytest.mark.parametrize("max_error, dtype", [(0.1, torch.float16), (1e-9, torch.float32)])
 def test_adaptive_budget(max_error, dtype, device):
     lengths = [131, 64, 0]
     x = rows(lengths, group=2, dtype=dtype)
@@ -141,7 +138,7 @@ def test_ties_go_to_the_lowest_slot(device):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_key_that_is_not_finite_shows_in_its_heads(bad, device):
-    x = rows([131, 48], group=2, dtype=torch.float32)
+    x = rows([80, 20], group=2, dtype=torch.float32)
     store = build(x)
     clean = run(x, store, device=device)
     unread = next(c for c in range(int(store.clusters[0])) if store.sizes[0, 0, c] > 1 and c not in clean.chosen[0, 0])
@@ -211,9 +208,9 @@ def cache_of(store: Store, page: int, seed: int) -> tuple[Cached, Store]:
     return Cached(slot_map, k, v), left
 
 
-@pytest.mark.parametrize("page, dtype", [(8, torch.float16), (3, torch.float32), (1, torch.float32)])
+@pytest.mark.parametrize("page, dtype", [(8, torch.float16), (3, torch.float32)])
 def test_pages_in_a_cache_are_read_there(page, dtype, device):
-    x = rows([131, 7, 90], group=2, d=32, dtype=dtype)
+    x = rows([131, 7, 60], group=2, dtype=dtype)
     store = build(x)
     want = run(x, store, ratios=(0.4, 0.2), device=device)
     cached, left = cache_of(store, page, page)
@@ -230,7 +227,7 @@ def test_pages_in_a_cache_are_read_there(page, dtype, device):
 
 
 def test_reruns_are_bitwise_equal_and_shares_do_not_matter(device, monkeypatch):
-    x = rows([131, 64], group=4, d=32, dtype=torch.float32)
+    x = rows([90, 48], group=4, dtype=torch.float32)
     store, query = build(x), QUERY._replace(max_error=0.2)
     first, again = (run(x, store, query, device=device) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -240,7 +237,7 @@ def test_reruns_are_bitwise_equal_and_shares_do_not_matter(device, monkeypatch):
 
 
 def test_any_strides_of_q(device):
-    x = rows([60, 48], group=2, dtype=torch.float32)
+    x = rows([23, 9], group=2, dtype=torch.float32)
     store = build(x)
     apart = torch.stack([x.q, -x.q], 2)[:, :, 0]
     turned = x.q.mT.contiguous().mT

@@ -6,7 +6,6 @@ A cluster's weight is `size * exp(score)` and its value the mean of its values; 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import configs
 from ..states.attention import softmax_step

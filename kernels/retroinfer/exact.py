@@ -47,9 +47,7 @@ def attend_rows(
     b_k = load_rows(p_k[:, None], o_n, m_n, D, BLOCK_D, True)
     b_v = load_rows(p_v[:, None], o_n, m_n, D, BLOCK_D, True)
     b_s = dot_rows(b_q, b_k, q, o_q, m_g, p_k[:, None], o_n, m_n, D, PRECISION) * (scale * LOG2E)
-    return softmax_step(
-        b_acc, b_m, b_l, tl.where(m_n[None, :], b_s, float("-inf")), b_v, 1.0, True, PRECISION
-    )
+    return softmax_step(b_acc, b_m, b_l, tl.where(m_n[None, :], b_s, float("-inf")), b_v, 1.0, True, PRECISION)
 
 
 @triton.jit
@@ -66,7 +64,9 @@ def find(ends, o_t, width, STEPS: tl.constexpr):
 
 
 @triton.jit
-def store_part(acc, sums, i_part, o_g, m_g, b_acc, b_m, b_l, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_part(
+    acc, sums, i_part, o_g, m_g, b_acc, b_m, b_l, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     o_part = i_part * HEADS + o_g
     store_rows(acc, o_part * D, m_g, b_acc, D, BLOCK_D)
     tl.store(sums + o_part * 2, b_m, mask=m_g)

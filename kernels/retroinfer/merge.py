@@ -1,4 +1,4 @@
-"""Stage 5: one state of all shares, the exact ones first and each kind in its order, and the trace of what is not finite."""
+"""Stage 5: one state of all shares, exact ones first and each kind in its order, and a trace of what is not finite."""
 
 import torch
 import triton
@@ -61,7 +61,9 @@ def merge_kernel(
     tl.store(lse + i_head, tl.where(b_l == 0.0, float("-inf"), (b_m + tl.log2(b_l)) * LN2) + trace)
 
 
-def merge(q: Tensor, exact: Parts, guessed: Parts | None, scored: Scores, store: Store) -> tuple[Tensor, Tensor, Tensor]:
+def merge(
+    q: Tensor, exact: Parts, guessed: Parts | None, scored: Scores, store: Store
+) -> tuple[Tensor, Tensor, Tensor]:
     """`out [B, Hq, D]` in q's dtype, `lse [B, Hq]` float32, and the lse of the exact parts alone."""
     (batch, hq, dim), kv_heads = q.shape, store.k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -80,4 +82,5 @@ def production(arch: int, head_dim: int, dtype: str) -> list[dict]:
     types = dict.fromkeys(("acc", "sums", "guess_acc", "guess_sums", "total", "lse", "exact_lse"), "*fp32")
     types |= dict(indexed="*i32", out=f"*{dtype}")
     shape = dict(KV_HEADS=8, HEADS=4, SPLITS=16, GUESSES=16, D=head_dim, BLOCK_D=head_tile(head_dim))
-    return [job("retroinfer.merge", merge_kernel, types, shape, configs.get("retroinfer.merge", arch, head_dim, 4), False)]
+    row = configs.get("retroinfer.merge", arch, head_dim, 4)
+    return [job("retroinfer.merge", merge_kernel, types, shape, row, dot=False)]

@@ -33,7 +33,7 @@ def update_kernel(
 
 
 def update(x: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """New `centroids [P, n, D]` of keys `x [P, t, D]` in the clusters `labels [P, t]`. No atomics: same bits each time."""
+    """New `centroids [P, n, D]` of keys `x [P, t, D]` in the clusters `labels [P, t]`, the same bits each time."""
     problems, count, dim = centroids.shape
     order, begin = by_label(labels, count)
     x, old = x.contiguous(), centroids.contiguous()
