@@ -152,8 +152,8 @@ TABLES: dict[str, Table] = {
     },
     # BLOCK_M keys against BLOCK_N centroids.
     "retroinfer.assign": {
-        (0, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
-        (0, 256, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        (100, 256, 4): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (0, 256, 4): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
     },
     # BLOCK_N members added at once.
     "retroinfer.update": {

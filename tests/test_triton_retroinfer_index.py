@@ -77,6 +77,7 @@ def test_ties_go_to_the_lowest_and_nan_to_the_first(device):
     assert assign(x, centroids).tolist() == [[1, 3, 0, 0, 0]]
     centroids[0, 17, 0], centroids[0, 18, 0] = math.nan, math.inf
     assert assign(x, centroids).tolist() == [[17, 17, 17, 0, 17]]
+    assert assign(torch.ones_like(x), -torch.ones_like(centroids[:, :5])).tolist() == [[0] * 5]
 
 
 def test_update_sums_members_in_their_order(device):

@@ -73,12 +73,15 @@ def test_ranks_of_special_scores(reduce, device):
     """A NaN of one head ranks first, -0 ties with 0, -inf is above no members at all."""
     store = store_of(torch.tensor([[[1, 1, 1, 1, 1, 0, 1]]]), [7], [[7, 0]], device)
     store.centroids[0, 0, :7, 0] = torch.tensor([2.0, -0.0, math.nan, 0.0, 3.0, 9.0, -math.inf], device=device)
-    q = torch.zeros(1, 3, 16, device=device)
+    q, ordered_nan = torch.zeros(1, 3, 16, device=device), 0x7FC00000
     q[0, :, 0] = 1.0
     got = scoring.score(q, store, QUERY._replace(reduce=reduce, scale=1.0))
     scores = got.scores[0, 0, :, :7].cpu()
     assert (scores[:, 5] == -math.inf).all() and scores[:, 2].isnan().all() and (scores[:, 4] == 3).all()
-    assert got.total.isnan().all()
+    assert got.total.isnan().all() and (got.ranks[0, 0, :5] == ordered_nan).all()
+    store.centroids[0, 0, 2, 0], q[0, 1, 0] = 1.0, math.nan  # a NaN of one head counts in every reduction
+    got = scoring.score(q, store, QUERY._replace(reduce=reduce, scale=1.0))
+    assert (got.ranks[0, 0, :5] == ordered_nan).all() and got.total[0, 0].isnan().tolist() == [False, True, False]
     store.centroids[0, 0, 2, 0] = 0.0  # one NaN makes all shares of a softmax NaN: without it they can be told apart
     q[0, 1] = 0.0
     ranks = scoring.score(q[:, :1].expand(-1, 3, -1), store, QUERY._replace(reduce=reduce, scale=1.0)).ranks[0, 0, :7]

@@ -14,9 +14,10 @@ def assign_kernel(
     x, centroids, labels, tokens, count,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys of problem `program_id(1)` against its centroids; scores never leave registers."""
-    i_p = tl.program_id(1).to(tl.int64)
-    o_m, o_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    """A tile of one problem's keys against its centroids; scores never leave registers."""
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    i_p = (tl.program_id(0) // tiles).to(tl.int64)
+    o_m, o_n = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     m_m = o_m < tokens
     x += i_p * tokens * D
     b_x = load_rows(x, o_m * D, m_m, D, BLOCK_D, True)
@@ -43,7 +44,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     (problems, tokens, dim), count = x.shape, centroids.shape[1]
     labels = torch.empty(problems, tokens, dtype=torch.int32, device=x.device)
     row = configs.get("retroinfer.assign", arch(x), dim, 4)
-    assign_kernel[cdiv(tokens, row["BLOCK_M"]), problems](
+    assign_kernel[(cdiv(tokens, row["BLOCK_M"]) * problems,)](
         x.contiguous(), centroids.contiguous(), labels, tokens, count, D=dim, BLOCK_D=head_tile(dim),
         PRECISION=precision(x.dtype), **row,
     )  # fmt: skip
