@@ -111,7 +111,7 @@ def test_everything_read_is_full_attention(device):
 
 
 @pytest.mark.parametrize(
-    "max_error, ratio, dtype", [(0.1, 0.05, torch.float16), (0.99, 0.3, torch.float16), (1e-9, 0.05, torch.float32)]
+    "max_error, ratio, dtype", [(0.1, 0.05, torch.float16), (0.1, 1.0, torch.float16), (1e-9, 0.05, torch.float32)]
 )
 def test_adaptive_budget(max_error, ratio, dtype, device):
     """Which grows where the bound asks for it, and only there."""
@@ -122,11 +122,11 @@ def test_adaptive_budget(max_error, ratio, dtype, device):
     got = run(x, store, query, (ratio, 0.3), device=device)
     compare(x, store, got, query)
     counts = (got.chosen >= 0).sum(-1)
-    if max_error == 1e-9:
+    if max_error == 1e-9 or ratio == 1.0:
         assert torch.equal(counts[0], (store.sizes[0] > 0).sum(-1))
     else:
-        assert (got.upper <= max_error).all()
-        assert (counts[0] == part(0.3, 31)).all() if ratio == 0.3 else (counts[0] > part(ratio, 32)).all()
+        assert (got.upper <= max_error).all() and (counts[0] < (store.sizes[0] > 0).sum(-1)).any()
+        assert (counts[0] > part(ratio, 32)).all()
 
 
 def test_ties_go_to_the_lowest_slot(device):
