@@ -67,7 +67,7 @@ def cpu_reasons(call: Call) -> list[str]:
 
 
 def triton_reasons(call: Call) -> list[str]:
-    reasons = _missing("triton", "triton")
+    reasons = missing("triton", "triton")
     if not reasons and call.device.type != "cuda" and not _interpreting():
         reasons.append(f"tensors are on {call.device.type}, Triton needs cuda")
     if call.device.type == "cuda" and torch.cuda.get_device_capability(call.device) < (8, 0):
@@ -81,9 +81,7 @@ def triton_reasons(call: Call) -> list[str]:
 
 def cuda_reasons(call: Call) -> list[str]:
     reasons = [] if call.device.type == "cuda" else [f"tensors are on {call.device.type}, CUDA kernels need cuda"]
-    return (
-        reasons + _missing("cuda.core", "cuda") + [r for r in triton_reasons(call) if not r.startswith("tensors are")]
-    )
+    return reasons + missing("cuda.core", "cuda") + [r for r in triton_reasons(call) if not r.startswith("tensors are")]
 
 
 Reasons = Callable[[Call], list[str]]
@@ -146,7 +144,8 @@ def _constant(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
-def _missing(module: str, extra: str) -> list[str]:
+def missing(module: str, extra: str) -> list[str]:
+    """The reason that an optional package is not there, if it is not."""
     return [] if _installed(module) else [f"{module} is not installed (pip install attnlab[{extra}])"]
 
 

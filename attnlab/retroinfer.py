@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from . import wave_reference
-from .dispatch import Call, check_bool, check_scale, pick
+from .dispatch import Call, check_bool, check_scale, missing, pick
 from .kernels.retroinfer.buffer import Cache
 from .kernels.retroinfer.spec import Attended, Query, Spec, Store, part
 from .packs import without_autocast
 from .wave_buffer import WaveBuffer
-from .wave_config import check_choice, check_share
+from .wave_config import check_choice, check_share, kernel_reasons
 from .wave_index import WaveIndex, serving
 
 SELECTORS = ("wave", "full", "oracle", "quest", "cluster")
@@ -64,7 +64,7 @@ def wave_attention(
             are taken whole while they fit, one at least. Meant for quality, not speed: every score is computed.
         return_lse: also return the lse.
         return_error_bound: also return the `ErrorBound`.
-        backend: `"auto"`, `"reference"` or `"portable"`.
+        backend: `"auto"`, `"reference"`, `"portable"` or `"triton"` (without `selector` and `token_budget`).
 
     Returns:
         `out [B, 1, Hq, D]`, then `lse [B, 1, Hq]` float32 (float64) and the bound, if asked for. A row without tokens:
@@ -80,7 +80,8 @@ def wave_attention(
     fn = "wave_attention"
     _check_query(fn, q, index)
     config = index.config
-    if selector != "wave" or token_budget is not None:
+    comparing = selector != "wave" or token_budget is not None
+    if comparing:
         _check_selector(fn, selector, token_budget, retrieval_ratio, return_error_bound)
         retrieval_ratio = 0.0  # what is read follows from token_budget, and the next clusters are estimated
     retrieval = config.retrieval_ratio if retrieval_ratio is None else retrieval_ratio
@@ -93,8 +94,11 @@ def wave_attention(
     check_bool(fn, "return_lse", return_lse)
     check_bool(fn, "return_error_bound", return_error_bound)
     scale = check_scale(fn, scale, q.shape[3])
-    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, serving(config))
-    most, error = max(index.clusters), config.max_error if config.budget == "adaptive" else 0.0
+    why = kernel_reasons(config) + _more_reasons(q, buffer, comparing)
+    name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, serving(why))
+    # What a CUDA graph of a step captures must serve after the index has grown.
+    most = index.store.radius.shape[2] if name == "triton" else max(index.clusters)
+    error = config.max_error if config.budget == "adaptive" else 0.0
     width = most if error else part(retrieval, most)
     query = Query(scale, config.group_reduce, config.weight_by_size, estimation, width, error, return_error_bound)
     store = index.store._replace(budgets=index.budgets(retrieval, estimated, estimation))
@@ -160,9 +164,19 @@ def _check_buffer(
         raise ValueError(f"{fn}: buffer needs selector='wave' and no token_budget")
 
 
+def _more_reasons(q: Tensor, buffer: WaveBuffer | None, comparing: bool) -> list[str]:
+    """Why kernels cannot serve a call."""
+    why = ["selector and token_budget are for portable and reference only"] if comparing else []
+    return why + (missing("cuda.core", "cuda") if buffer is not None and q.is_cuda else [])
+
+
 def _attend(backend: str) -> Callable[..., Attended]:
     if backend == "reference":
         return wave_reference.attend
+    if backend == "triton":
+        from .kernels.retroinfer import launch
+
+        return launch.attend
     from .kernels.retroinfer.portable import attend
 
     return attend

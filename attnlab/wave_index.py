@@ -3,7 +3,7 @@
 import importlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import wave_faiss, wave_file, wave_reference
-from .dispatch import MAX_HEAD_DIM, Call, Reasons, check_int, pick, portable_reasons, reference_reasons
+from .dispatch import MAX_HEAD_DIM, Call, Reasons, check_int, pick, portable_reasons, reference_reasons, triton_reasons
 from .kernels.retroinfer.spec import Plan, Spec, Store, allocate, budget, places, plan
 from .packs import without_autocast
 from .wave_config import WaveConfig, kernel_reasons
@@ -19,19 +19,17 @@ from .wave_config import WaveConfig, kernel_reasons
 if TYPE_CHECKING:
     from .wave_buffer import WaveBuffer
 
-BACKENDS: dict[str, Reasons] = {"portable": portable_reasons, "reference": reference_reasons}
+BACKENDS: dict[str, Reasons] = {"triton": triton_reasons, "portable": portable_reasons, "reference": reference_reasons}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def serving(config: WaveConfig) -> dict[str, Reasons]:
-    """The backends, with the reasons an index's configuration adds."""
-    why = kernel_reasons(config)
+def serving(why: list[str]) -> dict[str, Reasons]:
+    """The backends, with reasons `why` that kernels cannot serve a call."""
 
     def also(reasons: Reasons) -> Reasons:
         return lambda call: reasons(call) + why
 
-    plain = ("portable", "reference")
-    return {name: reasons if name in plain or not why else also(reasons) for name, reasons in BACKENDS.items()}
+    return BACKENDS | {name: also(BACKENDS[name]) for name in ("triton",) if why}
 
 
 class WaveIndex:
@@ -52,7 +50,7 @@ class WaveIndex:
         config: see `WaveConfig`.
         dtype: float16, bfloat16, float32 or float64. Radii are float32 (float64).
         device: the default device if None.
-        backend: which one clusters, `"auto"`, `"reference"` or `"portable"`.
+        backend: which one clusters, `"auto"`, `"reference"`, `"portable"` or `"triton"`.
 
     Attributes:
         store: the tensors, see `kernels/retroinfer/spec.py`. They keep their addresses; a `WaveBuffer` on a CUDA device
@@ -83,7 +81,7 @@ class WaveIndex:
         if config.clustering == "faiss":
             wave_faiss.library()
         device = torch.device(torch.get_default_device() if device is None else device)
-        self.backend = pick(Call("WaveIndex", device, dtype, head_dim), backend, serving(config))
+        self.backend = pick(Call("WaveIndex", device, dtype, head_dim), backend, serving(kernel_reasons(config)))
         self.config, self.capacity, self._spec = config, capacity, config.spec
         int8 = config.meta_dtype == "int8"
         self.store: Store = allocate(batch, kv_heads, head_dim, capacity, self._spec, dtype, device, int8)
@@ -320,12 +318,20 @@ def _portable() -> ModuleType:
 
 @without_autocast
 def _extend(k: Tensor, v: Tensor, store: Store, call: Plan, spec: Spec, backend: str, clustering: str) -> None:
-    labels = None
-    if clustering == "faiss":
-        labels = wave_faiss.kmeans(k, call, spec)
-    elif backend == "reference":
-        labels = wave_reference.kmeans(k, call, spec)
+    labels = _kmeans("faiss" if clustering == "faiss" else backend)(k, call, spec)
     _portable().extend(store, k, v, call, spec, labels)
+
+
+def _kmeans(name: str) -> Callable[[Tensor, Plan, Spec], Tensor]:
+    if name == "faiss":
+        return wave_faiss.kmeans
+    if name == "reference":
+        return wave_reference.kmeans
+    if name == "triton":
+        from .kernels.retroinfer.launch import kmeans
+
+        return kmeans
+    return _portable().kmeans
 
 
 def _check_config(config: WaveConfig | None) -> WaveConfig:

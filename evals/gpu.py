@@ -77,6 +77,7 @@ def exercise(backend: str) -> None:
             )
             attnlab.merge_states(outs, lses, backend=backend)
             _exercise_decode(k.detach(), v.detach(), q[:, :1].detach())
+            _exercise_wave(k.detach(), v.detach(), q[:, :1].detach())
     torch.cuda.synchronize()
 
 
@@ -88,6 +89,14 @@ def _exercise_decode(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
     cache = attnlab.MoBACache(k.shape[0], 400, k.shape[2], k.shape[3], block_size=48, dtype=k.dtype, device=k.device)
     cache.append(k, v)
     attnlab.moba_decode(q, cache, topk=3, backend="triton")
+
+
+def _exercise_wave(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
+    import attnlab
+
+    config = attnlab.WaveConfig(segment=200, retrieval_ratio=0.1, max_cluster=20)
+    index = attnlab.WaveIndex.build(k, v, config, lengths=[333, 70], backend="triton")
+    attnlab.wave_attention(q, index, return_error_bound=True, backend="triton")
 
 
 def verdicts(rows: Iterable[Row], sanitizers: dict[str, dict[str, str]]) -> list[Row]:

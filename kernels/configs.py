@@ -123,6 +123,47 @@ TABLES: dict[str, Table] = {
         (0, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
+    # BLOCK_N clusters scored at once.
+    "retroinfer.score": {
+        (0, 128, 2): {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        (0, 256, 2): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        (0, 256, 4): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    },
+    # BLOCK_N clusters ranked at once, after the sums of BLOCK_T tiles of scores at a time.
+    "retroinfer.rank": {
+        (0, 256, 4): {"BLOCK_N": 256, "BLOCK_T": 64, "num_warps": 4},
+    },
+    "retroinfer.select": {
+        (0, 256, 4): {"BLOCK_N": 1024, "num_warps": 8},
+    },
+    # BLOCK_N keys attended at once.
+    "retroinfer.exact": {
+        (80, 128, 2): {"BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (80, 256, 2): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        (0, 128, 2): {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        (0, 256, 2): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        (0, 256, 4): {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+    },
+    # BLOCK_N clusters estimated at once.
+    "retroinfer.estimate": {
+        (0, 128, 2): {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        (0, 256, 2): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        (0, 256, 4): {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+    },
+    # BLOCK_S shares merged at once.
+    "retroinfer.merge": {
+        (0, 256, 4): {"BLOCK_S": 16, "num_warps": 4},
+    },
+    # BLOCK_M keys against BLOCK_N centroids.
+    "retroinfer.assign": {
+        (100, 256, 4): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (0, 256, 4): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    },
+    # BLOCK_N members added at once.
+    "retroinfer.update": {
+        (0, 128, 4): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        (0, 256, 4): {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    },
     "moba.centroids": {
         (0, 128, 4): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
         (0, 256, 4): {"BLOCK_N": 16, "num_warps": 4, "num_stages": 3},

@@ -378,7 +378,7 @@ def test_saving_names_the_extra(monkeypatch, tmp_path):
 
 def test_explain():
     found = attnlab.explain(wave_attention, Q, built())
-    assert (found.fn, found.chosen, list(found.reasons)) == ("wave_attention", "portable", BACKENDS)
+    assert (found.fn, found.chosen, list(found.reasons)) == ("wave_attention", "portable", ["triton", *BACKENDS])
     assert attnlab.explain(WaveIndex.build, K, V, CONFIG, backend="reference").chosen == "reference"
 
 

@@ -50,7 +50,7 @@ BAD_BUILD = [
     (dict(lengths=[1, 2, 132]), ValueError, "lengths must be 3 ints from 0 to at most [131, 131, 131]"),
     (dict(starts=[0, -1, 0]), ValueError, "starts must be 3 ints from 0 to at most [131, 131, 131], got [0, -1, 0]"),
     (dict(starts=[0, 1, 2], lengths=[131] * 3), ValueError, "lengths must be 3 ints from 0 to at most [131, 130, 129]"),
-    (dict(backend="triton"), ValueError, "backend must be one of 'auto', 'portable', 'reference', got 'triton'"),
+    (dict(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'portable', 'reference', got 'cuda'"),
 ]
 INDEX = WaveIndex.build(K, V, CONFIG)
 BAD_APPEND = [
@@ -92,7 +92,7 @@ BAD_QUERY = [
     (dict(scale="1"), TypeError, "scale must be a number or None, got str"),
     (dict(return_lse=1), TypeError, "return_lse must be a bool, got 1"),
     (dict(return_error_bound=None), TypeError, "return_error_bound must be a bool, got None"),
-    (dict(backend="cuda"), ValueError, "backend must be one of 'auto', 'portable', 'reference', got 'cuda'"),
+    (dict(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'portable', 'reference', got 'cuda'"),
 ]
 BUFFER, OTHER = (WaveBuffer(WaveIndex.build(K, V, CONFIG)) for _ in range(2))
 CLOSED = WaveBuffer(BUFFER.index)

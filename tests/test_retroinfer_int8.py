@@ -179,13 +179,15 @@ def test_everything_retrieved_is_full_attention():
 
 
 def test_gpu_backends_refuse_it(monkeypatch):
-    monkeypatch.setitem(wave_index.BACKENDS, "gpu", lambda call: [])
-    why = "gpu: meta_dtype='int8' is for reference and portable only"
-    with pytest.raises(attnlab.BackendError, match=f"WaveIndex: backend='gpu' cannot serve this call[^$]*{why}"):
-        WaveIndex.build(K, V, INT8, backend="gpu")
-    with pytest.raises(attnlab.BackendError, match=f"wave_attention: backend='gpu' cannot serve this call[^$]*{why}"):
-        wave_attention(Q, WaveIndex.build(K, V, INT8), backend="gpu")
-    assert attnlab.explain(WaveIndex.build, K, V, SMALL, backend="gpu").chosen == "gpu"
+    monkeypatch.setitem(wave_index.BACKENDS, "triton", lambda call: [])
+    why = "triton: meta_dtype='int8' is for reference and portable only"
+    with pytest.raises(attnlab.BackendError, match=f"WaveIndex: backend='triton' cannot serve this call[^$]*{why}"):
+        WaveIndex.build(K, V, INT8, backend="triton")
+    with pytest.raises(
+        attnlab.BackendError, match=f"wave_attention: backend='triton' cannot serve this call[^$]*{why}"
+    ):
+        wave_attention(Q, WaveIndex.build(K, V, INT8), backend="triton")
+    assert attnlab.explain(WaveIndex.build, K, V, SMALL, backend="triton").chosen == "triton"
     assert kernel_reasons(SMALL) == []
 
 
@@ -194,5 +196,5 @@ def test_opcheck(backend):
     index = WaveIndex.build(K, V, INT8, lengths=[131, 60, 5])
     query = (0.3, "sum", False, "ratio", part(0.3, max(index.clusters)), 0.0, True, "wave", None)
     torch.library.opcheck(
-        torch.ops.attnlab.wave_attention.default, (Q[:, 0], *index.store, *INT8.spec, *query, backend)
+        torch.ops.attnlab.wave_attention.default, (Q[:, 0], *index.store, *INT8.spec, *query, [], "clock", backend)
     )

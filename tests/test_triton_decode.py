@@ -60,7 +60,7 @@ def test_decode(name, dtype, device, monkeypatch):
     c = dict(page=None, group=False, sink=0, local=0, sinks=False) | CASES[name]
     torch.manual_seed(0)
     k, v, table, sums, starts, keys, values = cache(c, dtype, device)
-    monkeypatch.setattr(module, "_splits", lambda *_: c["splits"])
+    monkeypatch.setattr(module, "shares", lambda *_: c["splits"])
     q = torch.randn(len(ROWS), c["hq"], c["d"], device=device).to(dtype)
     sinks = torch.randn(c["hq"], device=device) if c["sinks"] else None
     spec = Spec(c["block"], c["topk"], True, 0.3, c["group"], c["sink"], c["local"], 2 << 30)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import configs
 from ..states.attention import add_sink, softmax_step
-from ..states.tiles import LN2, LOG2E, arch, cdiv, dot_rows, head_tile, job, load_rows, precision, store_rows
+from ..states.tiles import LN2, LOG2E, arch, cdiv, dot_rows, head_tile, job, load_rows, precision, shares, store_rows
 from .spec import Slots, Spec
 
 ROUND = 32  # blocks chosen per pass over the sums
@@ -198,12 +198,6 @@ def _zeros(device: torch.device, n: int) -> Tensor:
     return _counters[key]
 
 
-def _splits(q: Tensor, units: int, programs: int) -> int:
-    """Shares per query and routing head: two programs for each multiprocessor, and a tile of keys each at least."""
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    return max(1, min(units, 2 * processors // max(programs, 1)))
-
-
 def decode(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, sums: Tensor, rows: Tensor, lengths: Tensor,
     starts: Tensor | None, sinks: Tensor | None, spec: Spec, nslots: Slots,
@@ -224,7 +218,7 @@ def decode(
     tiles = configs.get("moba.decode", arch(q), d, q.element_size())
     tiles["BLOCK_N"] = min(tiles["BLOCK_N"], head_tile(spec.block_size))
     shared = hq // routes
-    splits = _splits(q, nslots.total * cdiv(spec.block_size, tiles["BLOCK_N"]), r * routes)
+    splits = shares(q, nslots.total * cdiv(spec.block_size, tiles["BLOCK_N"]), r * routes)
     part = torch.empty(r * hq * splits, d, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(r * hq * splits, 2, dtype=torch.float32, device=q.device)
     decode_kernel[(r * routes * splits,)](

@@ -10,20 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..states.tiles import arch, cut, head_tile, job, load_rows
+from ..states.tiles import arch, cut, head_tile, job, load_rows, ordered
 from .spec import Geometry, Slots, Spec
 
 WIDEST = 32
 NO_SCORE = tl.constexpr(-(2**31))
 NO_KEY = tl.constexpr(-(2**63))
-
-
-@triton.jit
-def ordered(x):
-    """int32 that compares as float32 `x` does, with -0 equal to 0 and every NaN alike, above infinity."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    bits = tl.where(x == x, bits, 0x7FC00000)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit

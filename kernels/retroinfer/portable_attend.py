@@ -92,9 +92,15 @@ def look(q: Tensor, store: Store, query: Query) -> Meta:
     centroids, live = store.centroids[:, :, :most].to(q.dtype), sizes > 0
     products = torch.bmm(centroids.flatten(0, 1), (q * query.scale).flatten(0, 1).mT)  # tall is faster than wide
     scores = products.mT.contiguous().view(*q.shape[:3], most)
-    if quantised := store.centroids.dtype == torch.int8:
+    if store.centroids.dtype == torch.int8:
         scores *= store.steps[:, :, None, :most, 0].to(q.dtype)
     scores += torch.zeros_like(live, dtype=q.dtype).masked_fill_(~live, -math.inf)[:, :, None]
+    return weigh(q, scores, sizes, store, query)
+
+
+def weigh(q: Tensor, scores: Tensor, sizes: Tensor, store: Store, query: Query) -> Meta:
+    """What `scores [B, G, r, C]` of the first slots, `sizes [B, G, C]`, -inf where empty, say of the clusters."""
+    most, live = sizes.shape[-1], sizes > 0
     total = scores.logsumexp(-1)
     weight = scores + sizes.to(q.dtype).clamp_(min=1).log_()[:, :, None]
     if not (query.bounds or query.max_error > 0):
@@ -102,10 +108,11 @@ def look(q: Tensor, store: Store, query: Query) -> Meta:
     reach = abs(query.scale) * torch.linalg.vector_norm(q, dim=-1, keepdim=True)
     low = weight
     if store.centroids.dtype != q.dtype:  # a rounded centroid is not the mean that Jensen's inequality speaks of
-        if quantised:
+        if store.centroids.dtype == torch.int8:
             slack = store.steps[:, :, :most, 0].to(q.dtype) * (math.sqrt(q.shape[3]) / 2)
         else:
-            slack = torch.linalg.vector_norm(centroids, dim=-1) * (torch.finfo(store.centroids.dtype).eps / 2)
+            norm = torch.linalg.vector_norm(store.centroids[:, :, :most].to(q.dtype), dim=-1)
+            slack = norm * (torch.finfo(store.centroids.dtype).eps / 2)
         low = weight - reach * slack[:, :, None]
     return Meta(scores, low, weight + reach * store.radius[:, :, None, :most], weight, total, live)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .spec import Plan, Spec
 
+Assign = Callable[[Tensor, Tensor], Tensor]
 CHUNK_SCORES = 1 << 20  # scores held at a time: they stay in the caches
 CHUNK_TOKENS = 64  # fewest keys a matrix product is worth
 
@@ -26,33 +27,51 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def kmeans(k: Tensor, plan: Plan, spec: Spec, fit: Callable[[Tensor, int, int], Tensor] | None = None) -> Tensor:
+def kmeans(
+    k: Tensor,
+    plan: Plan,
+    spec: Spec,
+    fit: Callable[[Tensor, int, int], Tensor] | None = None,
+    best: Assign | None = None,
+) -> Tensor:
     """Labels `[G, n]` int32 of keys `[n, G, D]`: slots of the call, -1 outside the plan.
 
-    `fit(x, count, iterations)` finds the centroids, `lloyd` by default; the final pass follows it.
+    `fit(x, count, iterations)` finds the centroids, `lloyd` by default; `best`, `assign` by default, makes the final
+    pass.
     """
+    fit, best = fit or lloyd, best or assign
     labels = torch.full((k.shape[1], k.shape[0]), -1, dtype=torch.int32, device=k.device)
     found: dict[int, Tensor] = {}
     batches = centred(k, plan)
     for batch in batches:
-        centroids = (fit or lloyd)(batch.x, plan.clusters[batch.segments[0]], spec.iterations)
+        centroids = fit(batch.x, plan.clusters[batch.segments[0]], spec.iterations)
         if spec.global_pass:
             found.update(zip(batch.segments, centroids.unflatten(0, (-1, k.shape[1])), strict=True))
         else:
-            place(labels, assign(batch.x, centroids), batch, plan)
+            place(labels, best(batch.x, centroids), batch, plan)
     if spec.global_pass:
-        final_pass(labels, batches, found, plan)
+        final_pass(labels, batches, found, plan, best)
     if spec.max_cluster:
         for (_, begin, end), count in zip(plan.ranges, plan.slots, strict=True):
             labels[:, begin:end] = split(labels[:, begin:end].long(), count, spec.max_cluster).int()
     return labels
 
 
-def lloyd(x: Tensor, count: int, iterations: int) -> Tensor:
-    """Directions `[P, count, D]` after all but the last of `iterations` assignments."""
+def lloyd(
+    x: Tensor,
+    count: int,
+    iterations: int,
+    best: Assign | None = None,
+    refine: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Directions `[P, count, D]` after all but the last of `iterations` assignments.
+
+    `best` and `refine` may take the place of `assign` and `update`.
+    """
+    best, refine = best or assign, refine or update
     centroids = start(x, count)
     for _ in range(iterations - 1):
-        centroids = update(x, assign(x, centroids), centroids)
+        centroids = refine(x, best(x, centroids), centroids)
     return centroids
 
 
@@ -94,13 +113,13 @@ def place(labels: Tensor, chosen: Tensor, batch: Batch, plan: Plan) -> None:
         torch.add(x, plan.first[i], out=labels[:, plan.starts[i] : plan.starts[i] + plan.lengths[i]])
 
 
-def final_pass(labels: Tensor, batches: list[Batch], found: dict[int, Tensor], plan: Plan) -> None:
+def final_pass(labels: Tensor, batches: list[Batch], found: dict[int, Tensor], plan: Plan, best: Assign) -> None:
     """Assign every key to the best centroid of its whole row, `found` by segment."""
     rows = {row: torch.cat([found[i] for i, r in enumerate(plan.rows) if r == row], 1) for row in set(plan.rows)}
     for batch in batches:
         for i, x in zip(batch.segments, batch.x.split(len(labels)), strict=True):
             begin = plan.starts[i]
-            labels[:, begin : begin + plan.lengths[i]] = assign(x, rows[plan.rows[i]])
+            labels[:, begin : begin + plan.lengths[i]] = best(x, rows[plan.rows[i]])
 
 
 def normalise(x: Tensor) -> Tensor:

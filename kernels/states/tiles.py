@@ -42,9 +42,23 @@ def head_tile(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def shares(x: Tensor, units: int, programs: int) -> int:
+    """Shares of `units` units of work for each of `programs` lists: two programs per multiprocessor, a unit each."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    return max(1, min(units, 2 * processors // max(programs, 1)))
+
+
 def precision(dtype: torch.dtype) -> str:
     """float32 products go through three tf32 ones, as accurate as float32's rounding and on tensor cores."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def ordered(x):
+    """int32 that compares as float32 `x` does, with -0 equal to 0 and every NaN alike, above infinity."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    bits = tl.where(x == x, bits, 0x7FC00000)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
