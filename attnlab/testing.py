@@ -174,9 +174,14 @@ def clustered(x: Inputs, block_size: int, *, spread: float = 0.3, seed: int = 0)
 
 
 def tied(x: Inputs, block_size: int, *, period: int = 2) -> Inputs:
-    """Every `period`-th block holds the same keys, so scores tie exactly and the lowest index must win."""
-    k = x.k[:, : period * block_size].repeat(1, math.ceil(x.k.shape[1] / (period * block_size)), 1, 1)
-    return x._replace(k=k[:, : x.k.shape[1]].contiguous())
+    """Every `period`-th block holds the same keys, so scores tie exactly and the lowest index must win.
+
+    q and k are rounded so that centroids and scores are exact, and tie in whatever order a product sums them.
+    """
+    odd = block_size // (block_size & -block_size)
+    k = (x.k[:, : period * block_size] * (8 / odd)).round() * (odd / 8)
+    k = k.repeat(1, math.ceil(x.k.shape[1] / (period * block_size)), 1, 1)
+    return x._replace(q=(x.q * 8).round() / 8, k=k[:, : x.k.shape[1]].contiguous())
 
 
 def one_hot(x: Inputs) -> Inputs:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import attnlab
 from attnlab.evals.measure import peak_memory
 
 KINDS = ("forward", "training", "decode", "flex", "memory", "growth")
-BACKENDS = ("portable", "triton", "cuda")
+BACKENDS = ("cuda", "triton", "cpu", "portable")  # the targets are for the first that can be timed
 DECODE_QUERIES = 16
 
 
@@ -112,13 +112,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
 def serving(shape: Shape, device: torch.device) -> tuple[list[str], dict[str, str]]:
     """The backends that can be timed here, and why each other one cannot."""
     q, k, v = make_qkv(shape, 16, device)
+    return timeable(device, BACKENDS, attnlab.moba_attention, q, k, v, block_size=8, topk=1)
+
+
+def timeable(
+    device: torch.device, names: Sequence[str], fn: Callable[..., Any], *args: Any, **options: Any
+) -> tuple[list[str], dict[str, str]]:
+    """Of the backends `names` those that serve a call on the device itself, and why each other one does not."""
     able, refused = [], {}
-    for name in BACKENDS:
-        told = attnlab.explain(attnlab.moba_attention, q, k, v, block_size=8, topk=1, backend=name)
-        if device.type == "cpu" and name != "portable":
-            reasons = told.reasons[name] or ["Triton's interpreter is for tests, not for timing"]
-        else:
-            reasons = told.reasons[name]
+    for name in names:
+        reasons = attnlab.explain(fn, *args, **options, backend=name).reasons[name]
+        if not reasons and name == "triton" and device.type == "cpu":
+            reasons = ["Triton's interpreter is for tests, not for timing"]
         if reasons:
             refused[name] = "; ".join(reasons)
         else:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import attnlab
 from attnlab.evals.bench_cases import (
-    BACKENDS,
     DECODE_QUERIES,
     Case,
     Contenders,
@@ -21,11 +20,13 @@ from attnlab.evals.bench_cases import (
     heads_first,
     make_qkv,
     sdpa,
+    timeable,
 )
 from attnlab.kernels.retroinfer import portable
 from attnlab.kernels.retroinfer.spec import cdiv, plan
 from attnlab.testing import assert_accurate
 
+BACKENDS = ("triton", "portable")
 KINDS = ("wave_decode", "wave_build", "wave_faiss", "wave_growth", "wave_memory")
 CPU_SHAPE = Shape(32, 8, 64, "float32")
 GPU_SHAPE = Shape(32, 8, 128, "bfloat16")
@@ -68,11 +69,7 @@ def serving(shape: Shape, device: torch.device) -> tuple[list[str], dict[str, st
     """The backends that can be timed here, and why each other one cannot."""
     q, k, v = make_qkv(shape, 16, device)
     index = attnlab.WaveIndex.build(k, v, attnlab.WaveConfig(sink=0, local=4))
-    told = attnlab.explain(attnlab.wave_attention, q[:, -1:], index).reasons
-    refused = {name: "; ".join(told[name]) for name in BACKENDS if told.get(name)}
-    if device.type == "cpu":
-        refused |= {name: "Triton's interpreter is for tests, not for timing" for name in ("triton",) if name in told}
-    return [name for name in BACKENDS if name in told and name not in refused], refused
+    return timeable(device, BACKENDS, attnlab.wave_attention, q[:, -1:], index)
 
 
 def check(case: Case, shape: Shape, device: torch.device, backend: str) -> None:

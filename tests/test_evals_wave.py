@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_reference(row):
     store = WaveIndex.build(row.k[None], row.v[None], capacity=1024).store
     held = wave_reference.token_order(store, 0, 1024, 1024 - 68, config.spec)
     held = held._replace(k=held.k.double(), v=held.v.double())
-    index = wave_reference.regrouped(held, int(store.clusters[0]), config.spec)
+    index = wave_reference.regrouped(held, int(store.clusters[0]), config.spec, False)
     options = wave_reference.options(config.spec)
     k, v = (x.double().repeat_interleave(4, 1) for x in (row.k, row.v))
     for name, method in METHODS.items():

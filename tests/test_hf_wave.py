@@ -158,8 +158,8 @@ def test_a_step_reads_the_chosen_clusters_only():
     layer = seen["past_key_values"].layers[0]
     asked, portable = {}, attnlab.kernels.retroinfer.portable_attend
 
-    def spy(q, store, query, spec):
-        asked["found"] = found = portable.attend(q, store, query, spec)
+    def spy(q, store, query, spec, cache=None):
+        asked["found"] = found = portable.attend(q, store, query, spec, cache=cache)
         return found
 
     def step(cache_layer):
