@@ -149,7 +149,7 @@ def markdown(record: Record) -> str:
     """The machine, errors and mass read by budget, and the claims."""
     parts = [report.machine(record) + "\n"]
     for data in dict.fromkeys(row["data"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["data"] == data]
+        rows = [row for row in record["rows"] if row["data"] == data and row["selector"] != "full"]
         parts.append(_table(f"output error: {NAMES[data]}", "error", rows))
         exact = [row for row in rows if not row["selector"].startswith("wave")]
         parts.append(_table(f"attention mass read: {NAMES[data]}", "recall", exact))
