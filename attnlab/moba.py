@@ -107,6 +107,7 @@ def moba_attention(
     check_bool(fn, "return_lse", return_lse)
     check_bool(fn, "deterministic", deterministic)
     cu = pack(fn, q, k, cu_seqlens_q, cu_seqlens_k, causal)
+    spec = _within(spec, cu.max_k)
     name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, BACKENDS)
     replay = None if selection is None else check_selection(fn, selection, q, k, spec, cu)
     if name == "reference":
@@ -156,6 +157,7 @@ def moba_select(
     check_qkv(fn, q, k)
     spec = _spec(fn, block_size, topk, causal, 1.0, routing, sink_blocks, local_blocks, WORKSPACE_BYTES)
     cu = pack(fn, q, k, cu_seqlens_q, cu_seqlens_k, causal)
+    spec = _within(spec, cu.max_k)
     name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, BACKENDS)
     q, k = q.detach(), k.detach()
     if name == "reference":
@@ -194,6 +196,11 @@ def _spec(
         raise ValueError(f"{fn}: local_blocks needs causal=True, got local_blocks={local_blocks}")
     check_int(fn, "workspace_bytes", workspace_bytes, 1)
     return Spec(block_size, topk, causal, scale, routing == "group", sink_blocks, local_blocks, workspace_bytes)
+
+
+def _within(spec: Spec, max_k: int) -> Spec:
+    """A block as long as the longest sequence is as good as a longer one, and its bounds fit kernels' integers."""
+    return spec._replace(block_size=min(spec.block_size, max(max_k, 1)))
 
 
 def _module(backend: str) -> ModuleType:

@@ -141,12 +141,119 @@ def test_without_a_compiler_auto_is_portable_and_says_why(fresh, monkeypatch):
     x = gaussian(1, 20, 20, 2, 1, 8)
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     found = attnlab.explain(attnlab.moba_attention, *x, block_size=4, topk=2)
-    assert found.chosen == "portable" and found.reasons["cpu"] == ["no C compiler is found (cc, gcc or clang)"]
+    assert found.chosen == "portable" and found.reasons["cpu"] == ["no C compiler is found (cc, gcc, clang)"]
     with pytest.raises(attnlab.BackendError, match="no C compiler is found"):
         attnlab.moba_attention(*x, block_size=4, topk=2, backend="cpu")
 
 
 def test_a_compiler_that_fails_is_a_reason(fresh, monkeypatch):
-    monkeypatch.setattr(module, "SOURCES", (*module.SOURCES, "absent.c"))
-    monkeypatch.setattr(module.Path, "read_text", lambda self, *_: "")
-    assert module.missing().startswith("the C kernels do not compile here: ") and "absent.c" in module.missing()
+    monkeypatch.setattr(module, "OPTIONS", (*module.OPTIONS, "-include", "absent.h"))
+    assert module.missing().startswith("the C kernels do not compile here: ") and "absent.h" in module.missing()
+
+
+def test_another_compiler_is_tried(fresh, monkeypatch, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    real = shutil.which("cc")
+    monkeypatch.setattr(module.shutil, "which", {"cc": str(broken), "gcc": real}.get)
+    assert module.missing() == ""
+
+
+@pytest.mark.parametrize("name", ["attend.c", "choose.h", "parallel.h", "simd.h"])
+def test_every_source_counts(fresh, monkeypatch, tmp_path, name):
+    """An edited source is compiled anew."""
+    copy = tmp_path / "sources"
+    shutil.copytree(module.HERE, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr(module, "HERE", copy)
+    assert module.missing() == ""
+    (copy / name).write_text((copy / name).read_text() + "\n#error edited\n")
+    module.missing.cache_clear()
+    module._library.cache_clear()
+    assert "edited" in module.missing()
+
+
+def test_an_entry_that_does_not_load_costs_only_time(fresh, monkeypatch):
+    assert module.missing() == ""
+    (entry,) = fresh.iterdir()
+    real = module.ctypes.CDLL
+
+    def load(path):
+        if path == str(entry):
+            raise OSError("not here")
+        return real(path)
+
+    monkeypatch.setattr(module.ctypes, "CDLL", load)
+    module.missing.cache_clear()
+    module._library.cache_clear()
+    assert module.missing() == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_is_no_matter(dtype):
+    p = Problem(CASES["pack"], dtype=torch.float32)
+    want = p.forward()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, p.forward(), want))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_cumulative_lengths_of_any_stride():
+    p = Problem(CASES["pack"], dtype=torch.float32)
+    want = p.forward()
+    p.cu = tuple(torch.stack([x, x + 10**6], 1)[:, 0] for x in p.cu)
+    assert all(map(torch.equal, p.forward(), want))
+
+
+@pytest.mark.parametrize("block", [2**31 - 1, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("backend", ["cpu", "portable"])
+def test_a_huge_block_is_one_block(block, backend):
+    import attnlab
+
+    x = gaussian(1, 40, 40, 2, 1, 8)
+    options = dict(topk=1, backend=backend)
+    assert torch.equal(
+        attnlab.moba_attention(*x, block_size=block, sink_blocks=0, **options),
+        attnlab.moba_attention(*x, block_size=40, **options),
+    )
+    assert (attnlab.moba_select(*x[:2], block_size=block, **options).indices == 0).all()
+
+
+def test_a_block_that_does_not_exist_is_an_error():
+    p = Problem(CASES["gqa 3"], dtype=torch.float32)
+    indices = moba.select(p.q, p.k, *p.cu, p.spec, p.slots)[0]
+    indices[30, 2, 1] = 1000
+    with pytest.raises(ValueError, match="a block that does not exist"):
+        p.forward(indices)
+
+
+def test_subnormal_halves_survive_flushing():
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    keys, means = torch.full((4, 1, 8), 2.0**-20, dtype=torch.float16), torch.empty(4, 1, 8)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
+    try:
+        module.call("centroids", keys, cu, cu, means, module.ELEMENTS[torch.float16], 1, 1, 8, 1, 8, 8, 1)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (means == 2.0**-20).all()
+
+
+def test_decode_pays_for_blocks_that_are_there_only(monkeypatch):
+    """A short row of a large cache with room for many choices; and queries in parts, bit for bit."""
+    from attnlab import MoBACache, moba_decode
+
+    q, k, v = gaussian(3, 40, 40, 4, 2, 8)
+    cache = MoBACache(3, 1 << 16, 2, 8, block_size=16)
+    cache.append(k, v)
+    asked, real = [], moba.call
+    monkeypatch.setattr(moba, "call", lambda name, *rest: asked.append(rest[11].numel()) or real(name, *rest))
+    want = moba_decode(q[:, -1:], cache, topk=4000, backend="portable")
+    got = moba_decode(q[:, -1:], cache, topk=4000, backend="cpu")
+    torch.testing.assert_close(got, want)
+    assert asked == [3 * 4 * 3 * 10]
+    monkeypatch.setattr(moba, "PART_BYTES", 1)
+    assert torch.equal(moba_decode(q[:, -1:], cache, topk=4000, backend="cpu"), got)
+    assert len(asked) == 4

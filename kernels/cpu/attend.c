@@ -1,7 +1,8 @@
 // MoBA attention: blocks are walked in order; each is packed once and meets every query of the item that attends it.
 //
 // A query keeps one running softmax (maximum, sum, weighted values), so its blocks are summed in rising order whatever
-// the slots, chunks or threads are, and results repeat bit for bit.
+// the slots, chunks or threads are, and results repeat bit for bit. A value that is not finite may reach queries of its
+// tile that are before it.
 #include "parallel.h"
 #include "simd.h"
 
@@ -126,7 +127,7 @@ static void attend_own(const struct Attend *c, const struct Item *it, int64_t ke
 }
 
 // Counting sort of the item's choices by block; ascending within one.
-static void sort_choices(const struct Attend *c, const struct Item *it, int64_t blocks)
+static int sort_choices(const struct Attend *c, const struct Item *it, int64_t blocks)
 {
     int64_t choices = (it->end - it->begin) * it->choosers;
     memset(it->ends, 0, (blocks + 1) * sizeof *it->ends);
@@ -138,6 +139,8 @@ static void sort_choices(const struct Attend *c, const struct Item *it, int64_t 
             for (int64_t s = c->own; s < c->slots; s++) {
                 if (slot[s] < 0)
                     continue;
+                if (slot[s] >= blocks)
+                    return BAD_INDEX;
                 if (pass)
                     it->choices[it->ends[slot[s]]++] = (int32_t)i;
                 else
@@ -148,6 +151,7 @@ static void sort_choices(const struct Attend *c, const struct Item *it, int64_t 
         for (int64_t b = 0; !pass && b < blocks; b++)
             it->ends[b + 1] += it->ends[b];
     }
+    return DONE;
 }
 
 static void finish(const struct Attend *c, const struct Item *it)
@@ -167,17 +171,10 @@ static int attend_item(const void *call, int64_t number)
 {
     const struct Attend *c = call;
     struct Item it = {.head = number % c->hkv, .group = c->hq / c->hkv, .choosers = c->hr / c->hkv};
-    int64_t chunk = number / c->hkv, low = 0, high = c->sequences - 1;
-    while (low < high) {
-        int64_t middle = (low + high) / 2;
-        if (chunk < c->chunks[middle + 1])
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    int64_t nq = c->cu_q[low + 1] - c->cu_q[low], nk = c->cu_k[low + 1] - c->cu_k[low], block = c->block;
-    it.seq = low, it.width = it.group / it.choosers, it.before = nk - nq;
-    it.begin = (chunk - c->chunks[low]) * c->chunk, it.end = least(it.begin + c->chunk, nq);
+    int64_t chunk = number / c->hkv, seq = part_of(c->chunks, c->sequences, chunk);
+    int64_t nq = c->cu_q[seq + 1] - c->cu_q[seq], nk = c->cu_k[seq + 1] - c->cu_k[seq], block = c->block;
+    it.seq = seq, it.width = it.group / it.choosers, it.before = nk - nq;
+    it.begin = (chunk - c->chunks[seq]) * c->chunk, it.end = least(it.begin + c->chunk, nq);
     int64_t rows = (it.end - it.begin) * it.group, blocks = ceil_div(nk, block), pad = padded(c);
     int64_t panels = ceil_div(c->dim, WIDTH) * WIDTH;
     int64_t sizes[] = {rows * pad, 2 * rows, KEYS * c->dim, KEYS * panels, TILE * c->dim, TILE * SCORES, TILE * pad};
@@ -189,7 +186,7 @@ static int attend_item(const void *call, int64_t number)
     if (!room || !lists) {
         free(room);
         free(lists);
-        return 1;
+        return NO_MEMORY;
     }
     float **parts[] = {&it.values, &it.top, &it.keys, &it.block, &it.queries, &it.scores, &it.products};
     float *next = room;
@@ -199,8 +196,8 @@ static int attend_item(const void *call, int64_t number)
     memset(it.values, 0, rows * pad * sizeof *it.values);
     for (int64_t i = 0; i < rows; i++)
         it.top[i] = -INFINITY, it.sum[i] = 0.0f;
-    sort_choices(c, &it, blocks);
-    for (int64_t b = 0; b < blocks; b++) {
+    int failed = sort_choices(c, &it, blocks);
+    for (int64_t b = 0; !failed && b < blocks; b++) {
         int64_t start = b * block, end = least(start + block, nk);
         int own = c->own && it.before + it.begin < end && it.before + it.end > start;
         if (!own && it.ends[b] == (b ? it.ends[b - 1] : 0))
@@ -213,21 +210,26 @@ static int attend_item(const void *call, int64_t number)
                 attend_own(c, &it, key, keys, end);
         }
     }
-    finish(c, &it);
+    if (!failed)
+        finish(c, &it);
     free(room);
     free(lists);
-    return 0;
+    return failed;
 }
 
-// out [Nq, hq, dim] and lse [Nq, hq] over the blocks that `indices [Nq, hr, slots]` name, the first slot being a query's
-// own block where `own`; `chunks[s]` chunks of `chunk` queries lie before sequence s.
+// out [Nq, hq, dim] and lse [Nq, hq] over the blocks that `indices [Nq, hr, slots]` name, the first slot being the own
+// block where `own`; `chunks[s]` chunks of `chunk` queries lie before sequence s.
 int attend(const void *q, const void *k, const void *v, const int32_t *indices, const int32_t *cu_q,
            const int32_t *cu_k, const int32_t *chunks, float *out, float *lse, int64_t type, int64_t sequences,
            int64_t hq, int64_t hkv, int64_t hr, int64_t dim, int64_t slots, int64_t own, int64_t block, int64_t chunk,
            int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head, double scale,
            int64_t threads)
 {
-    struct Attend call = {q,   k,   v,   indices, cu_q, cu_k,  chunks, out,   lse,    type,  sequences, hq,    hkv,
-                          hr,  dim, slots, own,   block, chunk, q_row, q_head, k_row, k_head, v_row,    v_head, scale};
+    struct Attend call = {
+        .q = q, .k = k, .v = v, .indices = indices, .cu_q = cu_q, .cu_k = cu_k, .chunks = chunks, .out = out,
+        .lse = lse, .type = type, .sequences = sequences, .hq = hq, .hkv = hkv, .hr = hr, .dim = dim, .slots = slots,
+        .own = own, .block = block, .chunk = chunk, .q_row = q_row, .q_head = q_head, .k_row = k_row,
+        .k_head = k_head, .v_row = v_row, .v_head = v_head, .scale = (float)scale,
+    };
     return parallel(attend_item, &call, chunks[sequences] * hkv, threads);
 }

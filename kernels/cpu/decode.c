@@ -1,7 +1,7 @@
 // MoBA decode: a query's blocks chosen by running sums of their keys, then attention over these blocks where they lie.
 //
-// Every (query, chooser, slot) is a partial softmax of its own; those of a query are merged in the order of the slots, so
-// results depend on no thread.
+// Every (query, chooser, slot) is a partial softmax of its own; those of a query are merged in the order of the slots,
+// so results depend on no thread.
 #include "choose.h"
 #include "parallel.h"
 #include "simd.h"
@@ -18,7 +18,7 @@ struct Decode {
     int64_t type, queries, hq, hkv, hr, dim, block, blocks, sink, local, picks, pages, page, q_row, q_head;
     int64_t k_page, k_token, k_head, v_page, v_token, v_head;
     float scale;
-    int64_t slots, group, width, part;  // width: query heads of a chooser; part: floats of one partial softmax
+    int64_t slots, width, part;  // width: query heads of a chooser; part: floats of one partial softmax
 };
 
 INLINE float dot(const float *a, const float *b, int64_t dim)
@@ -41,12 +41,13 @@ static int choose_item(const void *call, int64_t item)
     int64_t length = c->lengths[r], own = length > 0 ? (length - 1) / c->block : -1;
     int32_t *slot = c->indices + item * c->slots;
     uint64_t *heap = calloc(most(c->picks, 1), sizeof *heap);
-    float *query = malloc(2 * c->dim * sizeof *query), *room = query + c->dim;
+    float *query = malloc(2 * c->dim * sizeof *query);
     if (!heap || !query) {
         free(heap);
         free(query);
-        return 1;
+        return NO_MEMORY;
     }
+    float *room = query + c->dim;
     read_scaled(query, c->q, r * c->q_row + chooser * c->width * c->q_head, c->dim, c->type, 1.0f);
     for (int64_t i = 1; i < c->width; i++) {
         int64_t at = r * c->q_row + (chooser * c->width + i) * c->q_head;
@@ -71,7 +72,7 @@ static int choose_item(const void *call, int64_t item)
     }
     free(heap);
     free(query);
-    return 0;
+    return DONE;
 }
 
 // Where key `t` of query `r`'s row lies: its token slot, in pages.
@@ -98,17 +99,17 @@ static int attend_item(const void *call, int64_t item)
         part[2 * i] = -INFINITY, part[2 * i + 1] = 0.0f;
     memset(values, 0, c->width * c->dim * sizeof *values);
     if (block < 0)
-        return 0;
-    float *queries = malloc((c->width + 1) * c->dim * sizeof *queries), *room = queries + c->width * c->dim;
+        return DONE;
+    float *queries = malloc(((c->width + 1) * c->dim + c->width * KEYS) * sizeof *queries);
     if (!queries)
-        return 1;
+        return NO_MEMORY;
+    float *room = queries + c->width * c->dim, *scores = room + c->dim;
     for (int64_t i = 0; i < c->width; i++) {
         int64_t at = r * c->q_row + (chooser * c->width + i) * c->q_head;
         read_scaled(queries + i * c->dim, c->q, at, c->dim, c->type, c->scale);
     }
     for (; first < end; first += KEYS) {
         int64_t keys = least(KEYS, end - first), whole = ceil_div(keys, LANES) * LANES;
-        float scores[c->width][KEYS];
         for (int64_t j = 0; j < keys; j++) {
             int64_t at = place_of(c, r, first + j, c->k_page, c->k_token) + head * c->k_head;
             if (first + j + AHEAD < end)
@@ -116,12 +117,12 @@ static int attend_item(const void *call, int64_t item)
             fetch_row(c, c->v, place_of(c, r, first + j, c->v_page, c->v_token) + head * c->v_head);
             const float *key = read_row(room, c->k, at, c->dim, c->type);
             for (int64_t i = 0; i < c->width; i++)
-                scores[i][j] = dot(queries + i * c->dim, key, c->dim);
+                scores[i * KEYS + j] = dot(queries + i * c->dim, key, c->dim);
         }
         for (int64_t i = 0; i < c->width; i++) {
             for (int64_t j = keys; j < whole; j++)
-                scores[i][j] = -INFINITY;
-            float kept = weigh(scores[i], whole, part + 2 * i, part + 2 * i + 1);
+                scores[i * KEYS + j] = -INFINITY;
+            float kept = weigh(scores + i * KEYS, whole, part + 2 * i, part + 2 * i + 1);
             for (int64_t d = 0; d < c->dim; d++)
                 values[i * c->dim + d] *= kept;
         }
@@ -130,11 +131,11 @@ static int attend_item(const void *call, int64_t item)
             const float *value = read_row(room, c->v, at, c->dim, c->type);
             for (int64_t i = 0; i < c->width; i++)
                 for (int64_t d = 0; d < c->dim; d++)
-                    values[i * c->dim + d] += scores[i][j] * value[d];
+                    values[i * c->dim + d] += scores[i * KEYS + j] * value[d];
         }
     }
     free(queries);
-    return 0;
+    return DONE;
 }
 
 // One chooser's partial softmaxes become the output of its query heads.
@@ -170,15 +171,18 @@ int decode(const void *q, const void *k, const void *v, const int32_t *table, co
            int64_t q_head, int64_t k_page, int64_t k_token, int64_t k_head, int64_t v_page, int64_t v_token,
            int64_t v_head, double scale, int64_t threads)
 {
-    int64_t slots = 1 + sink + local + picks, group = hq / hkv, width = hq / hr;
-    struct Decode call = {q,     k,      v,      table, sums,  rows, lengths, starts,  indices, out,   lse,  parts,
-                          type,  queries, hq,    hkv,   hr,    dim,  block,   blocks,  sink,    local, picks, pages,
-                          page,  q_row,  q_head, k_page, k_token, k_head, v_page, v_token, v_head, scale, slots, group,
-                          width, width * (dim + 2)};
-    if (parallel(choose_item, &call, queries * hr, threads) ||
-        parallel(attend_item, &call, queries * hr * slots, threads))
-        return 1;
-    for (int64_t i = 0; i < queries * hr; i++)
+    int64_t slots = 1 + sink + local + picks, width = hq / hr;
+    struct Decode call = {
+        .q = q, .k = k, .v = v, .table = table, .sums = sums, .rows = rows, .lengths = lengths, .starts = starts,
+        .indices = indices, .out = out, .lse = lse, .parts = parts, .type = type, .queries = queries, .hq = hq,
+        .hkv = hkv, .hr = hr, .dim = dim, .block = block, .blocks = blocks, .sink = sink, .local = local,
+        .picks = picks, .pages = pages, .page = page, .q_row = q_row, .q_head = q_head, .k_page = k_page,
+        .k_token = k_token, .k_head = k_head, .v_page = v_page, .v_token = v_token, .v_head = v_head,
+        .scale = (float)scale, .slots = slots, .width = width, .part = width * (dim + 2),
+    };
+    int failed = parallel(choose_item, &call, queries * hr, threads);
+    failed = failed ? failed : parallel(attend_item, &call, queries * hr * slots, threads);
+    for (int64_t i = 0; !failed && i < queries * hr; i++)
         merge(&call, i);
-    return 0;
+    return failed;
 }

@@ -3,7 +3,7 @@
 #include "parallel.h"
 #include "simd.h"
 
-enum { TILE = 4 * ROWS, CHUNK = 1024 };
+enum { TILE = 4 * ROWS };
 
 struct Means {
     const void *k;
@@ -12,29 +12,16 @@ struct Means {
     int64_t type, sequences, heads, dim, block, k_row, k_head;
 };
 
-static int64_t sequence_of(const int32_t *cu, int64_t sequences, int64_t at)
-{
-    int64_t low = 0, high = sequences - 1;
-    while (low < high) {
-        int64_t middle = (low + high) / 2;
-        if (at < cu[middle + 1])
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    return low;
-}
-
 // Keys are summed in runs of RUN and the runs in order, so that long blocks do not lose what pairwise sums keep.
 static int mean_of_block(const void *call, int64_t item)
 {
     const struct Means *c = call;
-    int64_t seq = sequence_of(c->cu_blocks, c->sequences, item), dim = c->dim;
+    int64_t seq = part_of(c->cu_blocks, c->sequences, item), dim = c->dim;
     int64_t start = c->cu_k[seq] + (item - c->cu_blocks[seq]) * c->block;
     int64_t count = least(c->block, c->cu_k[seq + 1] - start);
     float *room = malloc(2 * dim * sizeof *room), *run = room ? room + dim : NULL;
     if (!room)
-        return 1;
+        return NO_MEMORY;
     for (int64_t g = 0; g < c->heads; g++) {
         float *mean = c->means + (item * c->heads + g) * dim;
         memset(mean, 0, dim * sizeof *mean);
@@ -52,7 +39,7 @@ static int mean_of_block(const void *call, int64_t item)
             mean[d] /= (float)count;
     }
     free(room);
-    return 0;
+    return DONE;
 }
 
 // means [cu_blocks[sequences], heads, dim] of the blocks of keys [Nk, heads, dim].
@@ -60,7 +47,10 @@ int centroids(const void *k, const int32_t *cu_k, const int32_t *cu_blocks, floa
               int64_t sequences, int64_t heads, int64_t dim, int64_t block, int64_t k_row, int64_t k_head,
               int64_t threads)
 {
-    struct Means call = {k, cu_k, cu_blocks, means, type, sequences, heads, dim, block, k_row, k_head};
+    struct Means call = {
+        .k = k, .cu_k = cu_k, .cu_blocks = cu_blocks, .means = means, .type = type, .sequences = sequences,
+        .heads = heads, .dim = dim, .block = block, .k_row = k_row, .k_head = k_head,
+    };
     return parallel(mean_of_block, &call, cu_blocks[sequences], threads);
 }
 
@@ -70,7 +60,7 @@ struct Gate {
     const int32_t *cu_q, *cu_k, *cu_blocks, *chunks;
     int32_t *indices;
     float *scores;  // or NULL
-    int64_t type, sequences, hq, hkv, hr, dim, block, causal, sink, local, picks, q_row, q_head;
+    int64_t type, sequences, hq, hkv, hr, dim, block, causal, sink, local, picks, chunk, q_row, q_head;
 };
 
 // A query's own block, and where its candidates end.
@@ -129,15 +119,19 @@ INLINE void offer(uint64_t *heap, int64_t picks, const float *scores, int64_t fi
     }
 }
 
-// Centroids [first, last) of one KV head, transposed, in panels of WIDTH; the last panel is filled up with zeros.
-static void pack_means(const struct Gate *c, int64_t seq, int64_t head, int64_t first, int64_t last, float *to)
+// Up to WIDTH centroids from `first` on, of those below `last`, of one KV head, transposed; zeros fill the panel up.
+static void pack_panel(const struct Gate *c, int64_t seq, int64_t head, int64_t first, int64_t last, float *to)
 {
-    for (int64_t at = first; at < last; at += WIDTH, to += WIDTH * c->dim)
-        for (int64_t j = 0; j < WIDTH; j++) {
-            const float *mean = c->means + ((c->cu_blocks[seq] + at + j) * c->hkv + head) * c->dim;
+    for (int64_t j = 0; j < WIDTH; j++) {
+        if (first + j >= last) {
             for (int64_t d = 0; d < c->dim; d++)
-                to[d * WIDTH + j] = at + j < last ? mean[d] : 0.0f;
+                to[d * WIDTH + j] = 0.0f;
+            continue;
         }
+        const float *mean = c->means + ((c->cu_blocks[seq] + first + j) * c->hkv + head) * c->dim;
+        for (int64_t d = 0; d < c->dim; d++)
+            to[d * WIDTH + j] = mean[d];
+    }
 }
 
 // The query of a chooser: its head's, or the sum of its group's.
@@ -152,54 +146,59 @@ static void read_query(const struct Gate *c, int64_t row, int64_t head, float *t
     }
 }
 
+// A chunk of queries of one chooser meets the centroids panel by panel.
 static int gate_item(const void *call, int64_t item)
 {
     const struct Gate *c = call;
     int64_t head = item % c->hr, dim = c->dim, picks = c->picks;
-    int64_t seq = sequence_of(c->chunks, c->sequences, item / c->hr);
-    int64_t begin = (item / c->hr - c->chunks[seq]) * CHUNK, nq = c->cu_q[seq + 1] - c->cu_q[seq];
-    int64_t end = least(begin + CHUNK, nq), slots = c->causal + c->sink + c->local + picks;
-    int64_t first = c->sink, last = range_of(c, seq, end - 1).last;
-    int64_t panels = picks ? ceil_div(most(last - first, 0), WIDTH) : 0;
-    float *packed = malloc((panels * WIDTH * dim + TILE * dim + dim + TILE * WIDTH) * sizeof *packed);
-    uint64_t *heaps = malloc(most(TILE * picks, 1) * sizeof *heaps);
-    if (!packed || !heaps) {
-        free(packed);
+    int64_t seq = part_of(c->chunks, c->sequences, item / c->hr);
+    int64_t begin = (item / c->hr - c->chunks[seq]) * c->chunk, nq = c->cu_q[seq + 1] - c->cu_q[seq];
+    int64_t count = least(c->chunk, nq - begin), slots = c->causal + c->sink + c->local + picks;
+    int64_t first = c->sink, last = picks ? range_of(c, seq, begin + count - 1).last : first;
+    float *queries = malloc((count * dim + dim + WIDTH * dim + TILE * WIDTH) * sizeof *queries);
+    uint64_t *heaps = calloc(most(count * picks, 1), sizeof *heaps);
+    if (!queries || !heaps) {
+        free(queries);
         free(heaps);
-        return 1;
+        return NO_MEMORY;
     }
-    float *queries = packed + panels * WIDTH * dim, *room = queries + TILE * dim, *scores = room + dim;
-    if (panels)
-        pack_means(c, seq, head / (c->hr / c->hkv), first, last, packed);
-    for (int64_t row = begin; row < end; row += TILE) {
-        int64_t count = least(TILE, end - row);
-        struct Range ranges[TILE];
-        memset(heaps, 0, TILE * picks * sizeof *heaps);
-        for (int64_t i = 0; i < count; i++) {
-            ranges[i] = range_of(c, seq, row + i);
-            if (panels)
-                read_query(c, c->cu_q[seq] + row + i, head, queries + i * dim, room);
+    float *room = queries + count * dim, *panel = room + dim, *scores = panel + WIDTH * dim;
+    for (int64_t i = 0; last > first && i < count; i++)
+        read_query(c, c->cu_q[seq] + begin + i, head, queries + i * dim, room);
+    for (int64_t at = first; at < last; at += WIDTH) {
+        pack_panel(c, seq, head / (c->hr / c->hkv), at, last, panel);
+        for (int64_t row = 0; row < count; row += TILE) {
+            int64_t rows = least(TILE, count - row);
+            if (range_of(c, seq, begin + row + rows - 1).last <= at)
+                continue;
+            product(rows, VECTORS, queries + row * dim, dim, panel, dim, dim, scores, WIDTH);
+            for (int64_t i = 0; i < rows; i++) {
+                int64_t live = least(WIDTH, range_of(c, seq, begin + row + i).last - at);
+                offer(heaps + (row + i) * picks, picks, scores + i * WIDTH, at, live);
+            }
         }
-        for (int64_t at = first, p = 0; p < panels && at < ranges[count - 1].last; at += WIDTH, p++) {
-            product(count, VECTORS, queries, dim, packed + p * WIDTH * dim, dim, dim, scores, WIDTH);
-            for (int64_t i = 0; i < count; i++)
-                offer(heaps + i * picks, picks, scores + i * WIDTH, at, least(WIDTH, ranges[i].last - at));
-        }
-        for (int64_t i = 0; i < count; i++)
-            write_slots(c, ((c->cu_q[seq] + row + i) * c->hr + head) * slots, ranges[i], heaps + i * picks);
     }
-    free(packed);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t at = ((c->cu_q[seq] + begin + i) * c->hr + head) * slots;
+        write_slots(c, at, range_of(c, seq, begin + i), heaps + i * picks);
+    }
+    free(queries);
     free(heaps);
-    return 0;
+    return DONE;
 }
 
-// indices, scores [Nq, hr, slots] of queries [Nq, hq, dim]; `chunks[s]` chunks of CHUNK queries lie before sequence s.
+// indices, scores [Nq, hr, slots] of queries [Nq, hq, dim]; `chunks[s]` chunks of `chunk` queries lie before sequence
+// s.
 int gate(const void *q, const float *means, const int32_t *cu_q, const int32_t *cu_k, const int32_t *cu_blocks,
          const int32_t *chunks, int32_t *indices, float *scores, int64_t type, int64_t sequences, int64_t hq,
          int64_t hkv, int64_t hr, int64_t dim, int64_t block, int64_t causal, int64_t sink, int64_t local,
-         int64_t picks, int64_t q_row, int64_t q_head, int64_t threads)
+         int64_t picks, int64_t chunk, int64_t q_row, int64_t q_head, int64_t threads)
 {
-    struct Gate call = {q,  means, cu_q, cu_k,  cu_blocks, chunks, indices, scores, type,  sequences, hq,
-                        hkv, hr,   dim,  block, causal,    sink,   local,   picks,  q_row, q_head};
+    struct Gate call = {
+        .q = q, .means = means, .cu_q = cu_q, .cu_k = cu_k, .cu_blocks = cu_blocks, .chunks = chunks,
+        .indices = indices, .scores = scores, .type = type, .sequences = sequences, .hq = hq, .hkv = hkv, .hr = hr,
+        .dim = dim, .block = block, .causal = causal, .sink = sink, .local = local, .picks = picks, .chunk = chunk,
+        .q_row = q_row, .q_head = q_head,
+    };
     return parallel(gate_item, &call, chunks[sequences] * hr, threads);
 }

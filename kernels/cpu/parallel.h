@@ -4,8 +4,9 @@
 #include <stdint.h>
 
 enum { MOST_THREADS = 256 };
+enum { DONE, NO_MEMORY, BAD_INDEX };  // what an item, and a kernel, returns; kernels/cpu/module.py has the same order
 
-typedef int (*Work)(const void *call, int64_t item);  // 0, or 1 where memory ran out
+typedef int (*Work)(const void *call, int64_t item);
 
 struct Team {
     Work work;
@@ -18,16 +19,18 @@ static void *member(void *argument)
 {
     struct Team *team = argument;
     int64_t item;
-    while ((item = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->items)
-        if (team->work(team->call, item))
-            __atomic_store_n(&team->failed, 1, __ATOMIC_RELAXED);
+    while ((item = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->items) {
+        int failed = team->work(team->call, item);
+        if (failed)
+            __atomic_store_n(&team->failed, failed, __ATOMIC_RELAXED);
+    }
     return NULL;
 }
 
-// work(call, item) for every item below `items`. Items write to disjoint memory, so which thread takes one is no matter.
+// work(call, item) for every item below `items`. Items write to disjoint memory: which thread takes one is no matter.
 static int parallel(Work work, const void *call, int64_t items, int64_t threads)
 {
-    struct Team team = {work, call, items, 0, 0};
+    struct Team team = {.work = work, .call = call, .items = items};
     pthread_t started[MOST_THREADS];
     int64_t count = 0, wanted = (threads < items ? threads : items) - 1;
     while (count < wanted && count < MOST_THREADS && !pthread_create(&started[count], NULL, member, &team))
@@ -36,4 +39,18 @@ static int parallel(Work work, const void *call, int64_t items, int64_t threads)
     while (count)
         pthread_join(started[--count], NULL);
     return team.failed;
+}
+
+// The part of `cu [parts + 1]`, which never falls, that `at` is in.
+static inline __attribute__((unused)) int64_t part_of(const int32_t *cu, int64_t parts, int64_t at)
+{
+    int64_t low = 0, high = parts - 1;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (at < cu[middle + 1])
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
 }

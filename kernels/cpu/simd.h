@@ -10,11 +10,11 @@
 #endif
 
 // A register tile is ROWS x VECTORS vectors: its sums, one row of the right factor and a broadcast fill the registers.
-#if defined(__AVX512F__)
+#if defined(__x86_64__) && defined(__AVX512F__)
 #define LANES 16
 #define ROWS 6
 #define VECTORS 4
-#elif defined(__AVX__)
+#elif defined(__x86_64__) && defined(__AVX__)
 #define LANES 8
 #define ROWS 6
 #define VECTORS 2
@@ -38,7 +38,7 @@ enum { FLOAT, BRAIN, HALF };  // element types of what is read; kernels/cpu/modu
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 INLINE Vec load(const float *p)
 {
@@ -121,9 +121,9 @@ INLINE float weigh(float *scores, int64_t count, float *top, float *sum)
 // Bit i: lane i of x is not at most `bound`. A NaN on either side sets it.
 INLINE unsigned above(Vec x, float bound)
 {
-#if defined(__AVX512F__)
+#if LANES == 16
     return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_NLE_UQ);
-#elif defined(__AVX__)
+#elif LANES == 8
     return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(bound), _CMP_NLE_UQ));
 #else
     unsigned bits = 0;
@@ -149,12 +149,13 @@ INLINE float from_bits(uint32_t bits)
 
 INLINE float from_half(uint16_t h)
 {
-    // The exponent moves by 112, also that of subnormals, which a product normalises; infinities and NaNs get all ones.
-    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
-    float x = from_bits(magnitude) * 0x1p112f;
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    bits = magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : bits;
+    // The exponent moves by 112; a subnormal is what its bits add to 2^-14, so that no number here is one; infinities and
+    // NaNs get all ones.
+    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16, bits;
+    float small = from_bits(magnitude | 0x38800000) - 0x1p-14f;
+    memcpy(&bits, &small, 4);
+    bits = magnitude < 0x00800000 ? bits : magnitude + 0x38000000;
+    bits = magnitude < 0x0f800000 ? bits : magnitude | 0x7f800000;
     return from_bits(bits | sign);
 }
 
@@ -226,8 +227,8 @@ INLINE void strip(const int vectors, int64_t rows, const float *a, int64_t lda, 
 
 // c [rows, vectors * LANES] = a [rows, depth] b, with b in panels: WIDTH columns (the last one fewer) of all its rows.
 // `stride` rows lie between the panels of b.
-__attribute__((unused)) static void product(int64_t rows, int64_t vectors, const float *a, int64_t lda, const float *b, int64_t stride,
-                    int64_t depth, float *c, int64_t ldc)
+static __attribute__((unused)) void product(int64_t rows, int64_t vectors, const float *a, int64_t lda, const float *b,
+                                            int64_t stride, int64_t depth, float *c, int64_t ldc)
 {
     for (int64_t at = 0; at < vectors; at += VECTORS, b += stride * WIDTH, c += WIDTH) {
         switch (least(vectors - at, VECTORS)) {

@@ -50,16 +50,13 @@ def decode(
     indices = torch.full((width, hr, nslots.total), -1, dtype=torch.int32, device=q.device)
     if not width:
         return out, lse, indices
-    reach = sums.shape[1] * spec.block_size
-    if lengths.device.type == "cpu":  # free to read, and a short row of a large cache stays cheap
-        reach = min(reach, max(int(lengths.max()), 0))
-    live = Slots(*map(min, slots(spec, reach), nslots))
-    sums = sums[:, : cdiv(reach, spec.block_size)]
+    live, blocks = reach(sums, lengths, spec, nslots)
+    sums = sums[:, :blocks]
     k_rows, v_rows = (_Rows.of(x, table, starts) for x in (k_pages, v_pages))
     for part in _chunks(width, hq, live, sums, spec):
         row, length = rows[part].long(), lengths[part].long()
         chosen = select(q[part], sums, row, length, spec, live)
-        _place(indices[part], chosen, nslots, live)
+        place(indices[part], chosen, nslots, live)
         hkv = k_pages.shape[2]
         out[part], lse[part] = _attend(q[part], k_rows, v_rows, row, chosen, length, hkv, sinks, spec)
     return out, lse, indices
@@ -196,7 +193,15 @@ def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     return weights.div_(total.masked_fill(total == 0, 1.0)), (total.log() + top)[..., 0]
 
 
-def _place(indices: Tensor, chosen: Tensor, nslots: Slots, live: Slots) -> None:
+def reach(sums: Tensor, lengths: Tensor, spec: Spec, nslots: Slots) -> tuple[Slots, int]:
+    """The slots and the blocks that rows of these `lengths` can use: a short row of a large cache stays cheap."""
+    tokens = sums.shape[1] * spec.block_size
+    if lengths.device.type == "cpu":  # free to read
+        tokens = min(tokens, max(int(lengths.max()), 0))
+    return Slots(*map(min, slots(spec, tokens), nslots)), cdiv(tokens, spec.block_size)
+
+
+def place(indices: Tensor, chosen: Tensor, nslots: Slots, live: Slots) -> None:
     """Copy the live slots to where the full layout has them."""
     at = used = 0
     for full, kept in zip(nslots, live, strict=True):
