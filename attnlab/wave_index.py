@@ -303,8 +303,9 @@ class WaveIndex:
 
     def _count(self) -> None:
         """Note how many clusters the zones have now."""
-        for key, held in self._budgets.items():
-            held.copy_(self._zones(key))
+        with torch.inference_mode():  # where some of them may have been made
+            for key, held in self._budgets.items():
+                held.copy_(self._zones(key))
 
     def _restore(self, lengths: list[int], indexed: list[int], clusters: list[int]) -> None:
         """Take over the counts of rows whose contents were written to `store`."""

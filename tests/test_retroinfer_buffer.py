@@ -242,6 +242,8 @@ def test_budgets_keep_their_addresses_and_count_what_is_there():
     index, ratios = built(), [(0.3, 0.2, "ratio"), (0.1, 0.9, "all"), (0.5, 0.2, "none")]
     ratios.append((CONFIG.retrieval_ratio, CONFIG.estimation_ratio, CONFIG.estimation))
     held = {key: index.budgets(*key) for key in ratios}
+    with torch.inference_mode():
+        held[0.7, 0.2, "ratio"] = index.budgets(0.7, 0.2, "ratio")
     assert held[ratios[-1]] is index.store.budgets
 
     def check():
