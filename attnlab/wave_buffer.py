@@ -1,6 +1,7 @@
 """RetroInfer's wave buffer: the clusters' keys and values in host memory, and the pages read of late on the device."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,9 +73,7 @@ class WaveBuffer:
         fn = "WaveBuffer"
         if not isinstance(index, WaveIndex):
             raise TypeError(f"{fn}: index must be a WaveIndex, got {type(index).__name__}")
-        check_share(fn, "device_budget", device_budget)
-        if policy not in POLICIES:
-            raise ValueError(f"{fn}: policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+        check_caching(fn, device_budget, policy)
         check_int(fn, "page", page, 1)
         reserved, every = index.store.k.shape[2], page_ids(index.store, page)
         self.capacity = every if device_budget == 1 else max(1, int(device_budget * reserved) // page)
@@ -139,6 +138,11 @@ class WaveBuffer:
         self._cache = None
         self.index._buffers.discard(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self.closed:
+            self.index._buffers.add(self)
+
     def __enter__(self) -> "WaveBuffer":
         return self
 
@@ -148,6 +152,12 @@ class WaveBuffer:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.capacity} pages of {self.page} vectors for each row and KV head"
         return f"WaveBuffer({state}, policy={self.policy!r})"
+
+
+def check_caching(fn: str, device_budget: float, policy: str) -> None:
+    check_share(fn, "device_budget", device_budget)
+    if policy not in POLICIES:
+        raise ValueError(f"{fn}: policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
 
 
 def _offload(index: WaveIndex) -> None:

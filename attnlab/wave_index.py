@@ -5,7 +5,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -85,7 +85,8 @@ class WaveIndex:
         self.config, self.capacity, self._spec = config, capacity, config.spec
         int8 = config.meta_dtype == "int8"
         self.store: Store = allocate(batch, kv_heads, head_dim, capacity, self._spec, dtype, device, int8)
-        self._budgets: dict[tuple[float, float, str], Tensor] = {}
+        asked = (config.retrieval_ratio, config.estimation_ratio, config.estimation)
+        self._budgets: dict[tuple[float, float, str], Tensor] = {asked: self.store.budgets}
         self._buffers: weakref.WeakSet[WaveBuffer] = weakref.WeakSet()
         self._lengths, self._indexed, self._clusters = [0] * batch, [0] * batch, [0] * batch
         self._count()
@@ -231,13 +232,25 @@ class WaveIndex:
             f"{self.device}, lengths={self._lengths}, clusters={self._clusters})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name != "_buffers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy has no buffers, but those that are copied with it; a copy of pinned memory is not pinned.
+        self.__dict__.update(state)
+        self._buffers = weakref.WeakSet()
+        if self.store.k.device != self.device:
+            self.store = self.store._replace(k=self.store.k.pin_memory(), v=self.store.v.pin_memory())
+
     def budgets(self, retrieval_ratio: float, estimation_ratio: float, estimation: str) -> Tensor:
-        """`[B, 2]` int32 on the device, clusters of the two zones; the configured ones keep their address."""
+        """`[B, 2]` int32 on the device, clusters of the two zones, kept up to date at one address for CUDA graphs."""
         key = (retrieval_ratio, estimation_ratio, estimation)
         if key not in self._budgets:
-            counts = [budget(*key, n) for n in self._clusters]
-            self._budgets[key] = torch.tensor(counts, dtype=torch.int32).to(self.store.budgets.device)
+            self._budgets[key] = self._zones(key).to(self.device)
         return self._budgets[key]
+
+    def _zones(self, key: tuple[float, float, str]) -> Tensor:
+        return torch.tensor([budget(*key, n) for n in self._clusters], dtype=torch.int32)
 
     def _take(self, fn: str, k: Tensor, v: Tensor, begins: list[int], counts: list[int]) -> None:
         """Row `b` takes tokens `begins[b] .. begins[b] + counts[b] - 1` of `k, v`, or nothing changes."""
@@ -290,9 +303,9 @@ class WaveIndex:
 
     def _count(self) -> None:
         """Note how many clusters the zones have now."""
-        key = (self.config.retrieval_ratio, self.config.estimation_ratio, self.config.estimation)
-        self.store.budgets.copy_(torch.tensor([budget(*key, n) for n in self._clusters], dtype=torch.int32))
-        self._budgets = {key: self.store.budgets}
+        with torch.inference_mode():  # where some of them may have been made
+            for key, held in self._budgets.items():
+                held.copy_(self._zones(key))
 
     def _restore(self, lengths: list[int], indexed: list[int], clusters: list[int]) -> None:
         """Take over the counts of rows whose contents were written to `store`."""

@@ -43,14 +43,14 @@ def steady_positions(length: int, indexed: int, spec: Spec, device: torch.device
 
 def in_order(store: Store, row: int, length: int, indexed: int, spec: Spec) -> tuple[Tensor, Tensor]:
     """Keys and values of a row as they came, `[t, G, D]`."""
-    heads = torch.arange(store.k.shape[1], device=store.k.device)[:, None]
     tokens = store.tokens[row, :, :indexed].long()
-    kept = steady_positions(length, indexed, spec, store.k.device)
+    heads = torch.arange(len(tokens), device=tokens.device)[:, None]
+    kept = steady_positions(length, indexed, spec, tokens.device)
     at = places(kept, spec)
 
     def whole(clustered: Tensor, steady: Tensor) -> Tensor:
-        x = clustered.new_empty(length, clustered.shape[1], clustered.shape[3])
-        x[tokens, heads] = clustered[row, :, :indexed]
+        x = steady.new_empty(length, steady.shape[1], steady.shape[3])
+        x[tokens, heads] = clustered[row, :, :indexed].to(x.device)
         x[kept] = steady[row, :, at].transpose(0, 1)
         return x
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from attnlab.dispatch import missing
 from attnlab.evals.measure import ROOT, environment
 
 GPU_BACKENDS = ("triton", "cuda")
@@ -92,11 +93,21 @@ def _exercise_decode(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
 
 
 def _exercise_wave(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
+    """Before and after an update of the index, then through caches that have to make room."""
     import attnlab
 
-    config = attnlab.WaveConfig(segment=200, retrieval_ratio=0.1, max_cluster=20)
-    index = attnlab.WaveIndex.build(k, v, config, lengths=[333, 70], backend="triton")
+    config = attnlab.WaveConfig(segment=200, retrieval_ratio=0.1, max_cluster=20, update_every=32)
+    index = attnlab.WaveIndex.build(k, v, config, lengths=[333, 70], capacity=400, backend="triton")
     attnlab.wave_attention(q, index, return_error_bound=True, backend="triton")
+    index.append(k[:, :40], v[:, :40])
+    attnlab.wave_attention(q, index, backend="triton")
+    if k.is_cuda and missing("cuda.core", "cuda"):
+        return
+    for policy in ("clock", "lru"):
+        with attnlab.WaveBuffer(index, 0.3, policy, page=5) as buffer:
+            for step in (q, -q, q):
+                attnlab.wave_attention(step, index, buffer=buffer, backend="triton")
+            buffer.check()
 
 
 def verdicts(rows: Iterable[Row], sanitizers: dict[str, dict[str, str]]) -> list[Row]:

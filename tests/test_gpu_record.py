@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attnlab.testing
 from attnlab.evals import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,3 +66,26 @@ def test_the_plugin_records_outcomes(tmp_path: Path) -> None:
 def test_says_so_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_sanitizers_see_an_update_and_caches_that_make_room(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cuda":
+        pytest.importorskip("cuda.core")
+    seen = {}
+
+    class Watched(attnlab.WaveBuffer):
+        def close(self) -> None:
+            seen[self.policy] = self.stats()
+            super().close()
+
+    monkeypatch.setattr(attnlab, "WaveBuffer", Watched)
+    x = attnlab.testing.gaussian(2, 1, 333, 4, 2, 80, dtype=torch.float16, device=device)
+    growth, real = [], attnlab.WaveIndex.append
+    monkeypatch.setattr(
+        attnlab.WaveIndex, "append", lambda i, *kv: (growth.append(i.indexed), real(i, *kv), growth.append(i.indexed))
+    )
+    gpu._exercise_wave(x.k, x.v, x.q)
+    assert all(old < new for old, new in zip(*growth, strict=True))
+    assert all(min(s.hits, s.misses, s.evictions) > 0 for s in seen.values()) and list(seen) == ["clock", "lru"]

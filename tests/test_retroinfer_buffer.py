@@ -1,5 +1,6 @@
 """`WaveBuffer` under `wave_attention`: the same outputs, and what happens to it while its index lives."""
 
+import copy
 import gc
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import attnlab
 from attnlab import WaveBuffer, WaveConfig, WaveIndex, WaveStats, wave_attention
-from attnlab.kernels.retroinfer.spec import part
+from attnlab.kernels.retroinfer.spec import budget, part
 from attnlab.testing import gaussian
 
 CONFIG = WaveConfig(sink=2, local=5, segment=40, tokens_per_cluster=4, iterations=4, update_every=12)
@@ -221,6 +222,44 @@ def test_sizes_and_lifetime(tmp_path):
     assert torch.equal(wave_attention(x[:, :1], tiny.index, buffer=tiny), wave_attention(x[:, :1], tiny.index))
 
 
+def test_a_copy_has_the_buffers_that_are_copied_with_it():
+    index = built()
+    buffer, closed = WaveBuffer(index, 0.5), WaveBuffer(index)
+    closed.close()
+    for q in queries(3):
+        wave_attention(q, index, buffer=buffer, **RATIOS)
+    alone, (twin, shut, other) = copy.deepcopy(index), copy.deepcopy((buffer, closed, index))
+    assert len(alone._buffers) == 0 and list(other._buffers) == [twin] and twin.index is shut.index is other
+    assert twin.stats() == buffer.stats() and shut.closed
+    assert torch.equal(wave_attention(Q, other, buffer=twin, **RATIOS), wave_attention(Q, index, **RATIOS))
+    assert twin.stats().steps == 4 and buffer.stats().steps == 3
+    other.reset()
+    assert twin.stats().steps == 0 and buffer.stats().steps == 3 and index.lengths == (131, 60, 5)
+
+
+def test_budgets_keep_their_addresses_and_count_what_is_there():
+    """A CUDA graph of a step reads them after the index has grown."""
+    index, ratios = built(), [(0.3, 0.2, "ratio"), (0.1, 0.9, "all"), (0.5, 0.2, "none")]
+    ratios.append((CONFIG.retrieval_ratio, CONFIG.estimation_ratio, CONFIG.estimation))
+    held = {key: index.budgets(*key) for key in ratios}
+    with torch.inference_mode():
+        held[0.7, 0.2, "ratio"] = index.budgets(0.7, 0.2, "ratio")
+    assert held[ratios[-1]] is index.store.budgets
+
+    def check():
+        for key, found in held.items():
+            assert index.budgets(*key) is found and found.dtype == torch.int32
+            assert found.tolist() == [[*budget(*key, n)] for n in index.clusters]
+
+    before = index.clusters
+    check()
+    index.append(K[:, :30], V[:, :30], [30, 0, 12])
+    assert index.clusters > before
+    check()
+    index.reset()
+    check()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_opcheck(backend, policy):
@@ -258,3 +297,6 @@ def test_a_cuda_index_gives_its_clusters_to_pinned_memory():
     index.append(K[:, :30].cuda(), V[:, :30].cuda())
     wave_attention(Q.cuda(), index, buffer=buffer, **RATIOS)
     assert buffer.stats().steps == 3
+    for x, found in zip((K, V), index.row(1), strict=True):
+        assert found.is_cuda and torch.equal(found.cpu(), torch.cat([x[1], x[1, :30]]))
+    assert copy.deepcopy(index).store.k.is_pinned()

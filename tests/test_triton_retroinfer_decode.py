@@ -3,6 +3,7 @@
 Without a GPU Triton interprets, where bfloat16 is wrong: float16 and float32 here, bfloat16 on a GPU.
 """
 
+import copy
 import math
 
 import pytest
@@ -234,16 +235,25 @@ def test_pages_in_a_cache_are_read_there(page, dtype, device, monkeypatch):
     assert len(seen) == 1 and torch.equal(seen[0], want.chosen)
 
 
+def gaussian_index(device, tokens: int, seed: int = 5) -> tuple[torch.Generator, torch.Tensor, WaveIndex]:
+    """Two rows of `tokens` tokens with room for 24 more, and these."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 2, tokens + 24, 2, 16, generator=g).to(device)
+    config = WaveConfig(sink=2, local=6, segment=64, tokens_per_cluster=4, update_every=8)
+    return g, x[:, :, tokens:], WaveIndex.build(*x[:, :, :tokens], config, capacity=tokens + 24)
+
+
 @pytest.mark.parametrize("policy", ["clock", "lru"])
-def test_a_wave_buffer_changes_no_bit(policy):
+def test_a_wave_buffer_changes_no_bit(policy, device):
     """Through the public function, step after step; the cache goes through the same states as the portable one's."""
-    g = torch.Generator().manual_seed(5)
-    k, v = torch.randn(2, 2, 150, 2, 16, generator=g)
-    index = WaveIndex.build(k, v, WaveConfig(sink=2, local=6, segment=64, tokens_per_cluster=4, update_every=8))
+    if device.type == "cuda":
+        pytest.importorskip("cuda.core")
+    g, _, plain = gaussian_index(device, 150)
+    index = copy.deepcopy(plain)  # a GPU's index with buffers is read through them only
     buffers = {name: WaveBuffer(index, 0.3, policy, page=3) for name in ("triton", "portable")}
     for _ in range(3):
-        q = torch.randn(2, 1, 4, 16, generator=g)
-        want = wave_attention(q, index, retrieval_ratio=0.1, backend="triton")
+        q = torch.randn(2, 1, 4, 16, generator=g).to(device)
+        want = wave_attention(q, plain, retrieval_ratio=0.1, backend="triton")
         for name, buffer in buffers.items():
             got = wave_attention(q, index, retrieval_ratio=0.1, buffer=buffer, backend=name)
             assert name == "portable" or torch.equal(got, want)
@@ -299,3 +309,25 @@ def test_a_captured_step_follows_the_device(device):
         q.copy_(torch.randn_like(q))
         graph.replay()
         assert torch.equal(got.out, launch.attend(q, store, query, SPEC).out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["clock", "lru"])
+def test_a_captured_public_step_goes_on_after_growth(policy, device):
+    """Over new queries and two updates, with a ratio that is not the configured one: what an eager step gives."""
+    pytest.importorskip("cuda.core")
+    g, new, index = gaussian_index(device, 150)
+    buffer, other = (WaveBuffer(index, 1, policy, page=3) for _ in range(2))
+    q, options = torch.zeros(2, 1, 4, 16, device=device), dict(retrieval_ratio=0.3, backend="triton")
+    for held in (buffer, other):
+        wave_attention(q, index, buffer=held, **options)
+    graph, before = torch.cuda.CUDAGraph(), index.budgets(0.3, 0.232, "ratio").clone()
+    with torch.cuda.graph(graph):
+        out = wave_attention(q, index, buffer=buffer, **options)
+    for t in range(24):
+        q.copy_(torch.randn(q.shape, generator=g))
+        graph.replay()
+        assert torch.equal(out, wave_attention(q, index, buffer=other, **options))
+        index.append(*new[:, :, t : t + 1])
+    assert (index.budgets(0.3, 0.232, "ratio") > before).all()
+    assert buffer.stats() == other.stats() and buffer.stats().hits > 0

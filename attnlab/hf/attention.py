@@ -169,7 +169,7 @@ def _wave(
     new = arrivals(mask, batch, tokens, total)
     index = layer.take(k, v, new)
     if tokens == 1:
-        state: Any = wave_attention(q, index, scale=scale, return_lse=True, backend=layer.backend)
+        state: Any = wave_attention(q, index, buffer=layer.buffer, scale=scale, return_lse=True, backend=layer.backend)
         out, lse = state
         return out if sinks is None else (out * (lse - sinks).sigmoid()[..., None]).to(out.dtype)
     if not first:

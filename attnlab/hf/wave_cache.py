@@ -1,5 +1,6 @@
 """A cache whose layers keep a `WaveIndex`, so that decoding reads the best clusters of a row and estimates others."""
 
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from attnlab.dispatch import check_int
+from attnlab.wave_buffer import WaveBuffer, WaveStats, check_caching
 from attnlab.wave_config import WaveConfig
 from attnlab.wave_index import WaveIndex
 
@@ -15,7 +17,7 @@ from .plan import check_sparse, named_layers
 
 
 class WaveLayer(CacheLayerMixin):
-    """One layer's tokens in a `WaveIndex`, `index`, made when the first ones come.
+    """One layer's tokens in a `WaveIndex`, `index`, made when the first ones come, and the index's `buffer`, if any.
 
     An index holds real tokens only, and which ones are is the mask's business. So `update` returns the new keys alone,
     marked with the layer, and the attention hands them to `take` together with what the mask says.
@@ -23,11 +25,20 @@ class WaveLayer(CacheLayerMixin):
 
     is_sliding = False
     index: WaveIndex | None
+    buffer: WaveBuffer | None
 
-    def __init__(self, config: WaveConfig, max_length: int, backend: str) -> None:
+    def __init__(
+        self,
+        config: WaveConfig,
+        max_length: int,
+        backend: str,
+        device_budget: float | None = None,
+        policy: str = "clock",
+    ) -> None:
         super().__init__()
         self.config, self.max_length, self.backend = config, max_length, backend
-        self.index, self._held, self._new = None, 0, 0
+        self.device_budget, self.policy = device_budget, policy
+        self.index, self.buffer, self._held, self._new = None, None, 0, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -68,10 +79,13 @@ class WaveLayer(CacheLayerMixin):
 
     def _index_for(self, k: Tensor) -> WaveIndex:
         batch, _, heads, dim = k.shape
-        if self.index is None or (self._held == 0 and not _fits(self.index.store.k, k)):
+        if self.index is None or (self._held == 0 and not _fits(self.index, k)):
+            self.index = self.buffer = None  # frees the old ones first
             self.index = WaveIndex(
                 batch, self.max_length, heads, dim, self.config, dtype=k.dtype, device=k.device, backend=self.backend
             )
+            if self.device_budget is not None:
+                self.buffer = WaveBuffer(self.index, self.device_budget, self.policy)
         return self.index
 
     def get_seq_length(self) -> int:
@@ -84,7 +98,7 @@ class WaveLayer(CacheLayerMixin):
         return self.max_length
 
     def reset(self) -> None:
-        """Forget all tokens; the storage stays."""
+        """Forget all tokens, and what the buffer caches and counts; the storage stays."""
         self._held = self._new = 0
         if self.index is not None:
             self.index.reset()
@@ -131,6 +145,8 @@ class WaveCache(DynamicCache):
             ValueError that leaves the cache as it was.
         full_layers: layers that stay dense: `"last:3"`, `"first:2"`, a list of layer indices, or None.
         backend: of `WaveIndex` and `wave_attention`.
+        device_budget, policy: of a `WaveBuffer` for each indexed layer, which steps read through: on a CUDA device the
+            keys and values in clusters are then kept in host memory. None: no buffers.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came. Later: beam search, `crop`,
@@ -147,6 +163,8 @@ class WaveCache(DynamicCache):
         max_length: int,
         full_layers: str | list[int] | tuple[int, ...] | None = None,
         backend: str = "auto",
+        device_budget: float | None = None,
+        policy: str = "clock",
     ) -> None:
         fn = "WaveCache"
         if not hasattr(config, "get_text_config"):
@@ -154,15 +172,35 @@ class WaveCache(DynamicCache):
         if wave is not None and not isinstance(wave, WaveConfig):
             raise TypeError(f"{fn}: wave must be a WaveConfig, got {type(wave).__name__}")
         check_int(fn, "max_length", max_length, 1)
+        check_caching(fn, 1 if device_budget is None else device_budget, policy)
         super().__init__(config=config)
         dense = named_layers(fn, full_layers, len(self.layers))
+        options = (wave or WaveConfig(), max_length, backend, device_budget, policy)
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[i] = FullLayer() if i in dense else WaveLayer(wave or WaveConfig(), max_length, backend)
+                self.layers[i] = FullLayer() if i in dense else WaveLayer(*options)
         check_sparse(fn, [not isinstance(layer, WaveLayer) for i, layer in enumerate(self.layers) if i not in dense])
 
+    def stats(self) -> WaveStats:
+        """What the buffers did: counters, steps and all bytes summed over layers, the other sizes of one of them.
 
-def _fits(held: Tensor, k: Tensor) -> bool:
-    """Whether an index with keys `held [B, G, N, D]` can take `k [B, T, G, D]`."""
+        Before the first tokens all are 0.
+
+        Raises:
+            ValueError: there are no buffers; or a step asked for more pages than a cache holds, see `WaveBuffer.stats`.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, WaveLayer)]
+        if layers[0].device_budget is None:
+            raise ValueError("WaveCache.stats: there are no buffers: device_budget must be in (0, 1], got None")
+        found = [layer.buffer.stats() for layer in layers if layer.buffer is not None]
+        if not found:
+            return WaveStats(0, 0, 0, 0, 0, 0, 0, 0)
+        summed = ("hits", "misses", "evictions", "bytes", "steps", "cache_bytes")
+        return replace(found[0], **{name: sum(getattr(x, name) for x in found) for name in summed})
+
+
+def _fits(index: WaveIndex, k: Tensor) -> bool:
+    """Whether an index without tokens can take `k [B, T, G, D]`."""
+    held = index.store.k
     same = (held.shape[0], held.shape[1], held.shape[3]) == (k.shape[0], k.shape[2], k.shape[3])
-    return same and held.dtype == k.dtype and held.device == k.device
+    return same and held.dtype == k.dtype and index.device == k.device
