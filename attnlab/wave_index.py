@@ -128,8 +128,8 @@ class WaveIndex:
             config, backend: see `WaveIndex`.
 
         Raises:
-            What `WaveIndex` raises; ValueError, TypeError: `k`, `v`, `lengths` or `starts`, or more tokens than
-                `capacity`.
+            ValueError, TypeError: naming the argument, what was expected and what came; more tokens than `capacity`.
+            BackendError, ModuleNotFoundError: as `WaveIndex` does.
         """
         fn = "WaveIndex.build"
         _check_tensors(fn, k, v)

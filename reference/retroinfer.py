@@ -92,7 +92,7 @@ def iterate(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def segmented_kmeans(k: Tensor, options: Options) -> State:
-    """The paper's segmented clustering, of one head's keys `[t, d]`: labels `[t]`, and the centroids `[n, d]` taken.
+    """The paper's segmented clustering of one head's keys `[t, d]`: labels `[t]` and the centroids `[n, d]` they chose.
 
     Spherical k-means of keys minus their mean. A segment starts from evenly strided keys; of `iterations` assignments
     the last is the final pass, over its own centroids or all. Clusters over `max_cluster` are split in token order.
@@ -251,7 +251,7 @@ def exact_state(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> 
 
 
 def estimated_state(weight: Tensor, index: Index, estimated: Tensor) -> State:
-    """The paper's accuracy-bounded attention estimation of clusters `[g, n]`: `sum exp(q c) VS / sum s exp(q c)`."""
+    """Clusters `[g, n]` as if all keys were the centroid, as the paper does: `sum exp(q c) VS / sum s exp(q c)`."""
     group = weight.shape[0] // len(estimated)
     mask = estimated.repeat_interleave(group, 0)
     means = (index.value_sums / index.sizes.clamp(min=1)[..., None]).repeat_interleave(group, 0)
