@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab import WaveConfig
@@ -54,9 +54,10 @@ def test_objective_never_falls(seed, shared, copies):
 
 
 @given(seed=st.integers(0, 1000), shared=st.sampled_from([0.0, 5.0]), segment=st.sampled_from([40, 64]))
+@settings(max_examples=10)
 def test_portable_objective_never_falls(seed, shared, segment):
     k, values = row(64, seed=seed).k + shared, []
-    for iterations in range(1, 9):
+    for iterations in (1, 2, 3, 4, 8):
         spec = WaveConfig(segment=segment, tokens_per_cluster=4, update_every=4, iterations=iterations).spec
         labels = portable.kmeans(k, plan(spec, [(0, 0, 64)], [0]), spec).long()
         heads = zip((k - k.mean(0)).unbind(1), labels, strict=True)
