@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -234,6 +234,15 @@ def check_int(fn: str, name: str, value: Any, least: int) -> None:
     kind = {0: "a non-negative int", 1: "a positive int"}[least]
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:
         raise ValueError(f"{fn}: {name} must be {kind}, got {value!r}")
+
+
+def check_ints(fn: str, name: str, values: Any) -> list[int]:
+    """A sequence of ints, or an integer tensor of one dimension, as a list."""
+    found = values.tolist() if isinstance(values, Tensor) else values
+    if not isinstance(found, Sequence) or any(isinstance(n, bool) or not isinstance(n, int) for n in found):
+        came = f"a {values.dtype} tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else repr(values)
+        raise TypeError(f"{fn}: {name} must be a sequence of ints or an integer tensor of one dimension, got {came}")
+    return list(found)
 
 
 def check_bool(fn: str, name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import check_int
+from .dispatch import check_int, check_ints
 from .kernels.moba.spec import cdiv
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -51,7 +51,7 @@ class MoBACache:
         device: torch.device | str | None = None,
         page_size: int | None = None,
         pages: int | None = None,
-        starts: Sequence[int] | None = None,
+        starts: Sequence[int] | Tensor | None = None,
     ) -> None:
         sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "head_dim": head_dim}
         for name, value in (sizes | {"block_size": block_size}).items():
@@ -86,12 +86,12 @@ class MoBACache:
         self._free = list(range(pool))[::-1]
         self._owned: list[list[int]] = [[] for _ in range(batch)]
 
-    def _check_starts(self, starts: Sequence[int] | None) -> list[int]:
+    def _check_starts(self, starts: Sequence[int] | Tensor | None) -> list[int]:
         if starts is None:
             return [0] * self.batch
         if self.page_size is not None:
             raise ValueError(f"MoBACache: starts needs contiguous storage, got page_size={self.page_size}")
-        values = [int(s) for s in starts]
+        values = check_ints("MoBACache", "starts", starts)
         if len(values) != self.batch or not all(0 <= s <= self.capacity for s in values):
             raise ValueError(f"MoBACache: starts must be {self.batch} ints in 0..{self.capacity}, got {values}")
         return values
@@ -123,7 +123,7 @@ class MoBACache:
         """
         self._check_new(k, v)
         old, tokens = self._lengths, k.shape[1]
-        counts = token_counts("MoBACache.append", lengths, self.batch, tokens)
+        counts = token_counts("MoBACache.append", "lengths", lengths, self.batch, tokens)
         if lengths is not None and self.starts is not None:
             raise ValueError("MoBACache.append: lengths needs a cache without starts")
         skips = [0] * self.batch
@@ -270,10 +270,10 @@ class MoBACache:
         return found.flatten(0, 1)[: self._lengths[row]]
 
 
-def token_counts(fn: str, lengths: Sequence[int] | Tensor | None, batch: int, tokens: int) -> list[int]:
+def token_counts(fn: str, name: str, lengths: Sequence[int] | Tensor | None, batch: int, tokens: int) -> list[int]:
     if lengths is None:
         return [tokens] * batch
-    values = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+    values = check_ints(fn, name, lengths)
     if len(values) != batch or not all(0 <= n <= tokens for n in values):
-        raise ValueError(f"{fn}: lengths must be {batch} ints in 0..{tokens}, got {values}")
+        raise ValueError(f"{fn}: {name} must be {batch} ints in 0..{tokens}, got {values}")
     return values

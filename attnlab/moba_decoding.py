@@ -79,7 +79,7 @@ def moba_decode(
     check_sinks(fn, sinks, q)
     check_bool(fn, "return_lse", return_lse)
     scale = check_scale(fn, scale, q.shape[3])
-    counts = None if q_lengths is None else token_counts(fn, q_lengths, cache.batch, q.shape[1])
+    counts = None if q_lengths is None else token_counts(fn, "q_lengths", q_lengths, cache.batch, q.shape[1])
     # A compiled decode step must not be traced again for every length: the host's mirror stays out of its graph.
     if not torch.compiler.is_compiling() or q.shape[1] > 1:
         _check_held(fn, q.shape[1], counts, cache)

@@ -21,7 +21,8 @@ SELECTORS = ("wave", "full", "oracle", "quest", "cluster")
 class ErrorBound(NamedTuple):
     """Between which shares `lower, upper [B, 1, Hq]` of a head's attention mass lies what was not read exactly.
 
-    The lower one follows from Jensen's inequality, the upper one from the clusters' radii. Nothing unread: both 0.
+    The lower one follows from Jensen's inequality (in the paper: accuracy-bounded attention estimation), the upper one
+    from the clusters' radii. Nothing unread: both 0.
     """
 
     lower: Tensor
@@ -48,7 +49,8 @@ def wave_attention(
     Three zones, merged by their lse: tokens that are not indexed, and those of the best clusters, are read exactly; the
     next clusters count as if each of their keys were the mean key. Clusters rank by the softmax of `q . centroid`,
     reduced over the query heads of a KV head, ties to the lowest; empty ones are never chosen. All clusters read is
-    full attention. The choice, and so the zones, are one per KV head.
+    full attention. The choice, and so the zones, are one per KV head. In the paper (arXiv 2505.02922): tripartite
+    attention approximation.
 
     Args:
         q: `[B, 1, Hq, D]` in the index's dtype.
@@ -67,8 +69,8 @@ def wave_attention(
         backend: `"auto"`, `"reference"`, `"portable"` or `"triton"` (without `selector` and `token_budget`).
 
     Returns:
-        `out [B, 1, Hq, D]`, then `lse [B, 1, Hq]` float32 (float64) and the bound, if asked for. A row without tokens:
-        out 0, lse -inf.
+        `out [B, 1, Hq, D]`, then `lse [B, 1, Hq]` float32 (float64), the natural logarithm of the sum of the scaled
+        scores' exponentials, and the bound, if asked for. A row without tokens: out 0, lse -inf.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; q that requires a gradient; more

@@ -42,6 +42,8 @@ class WaveStats:
 class WaveBuffer:
     """A block cache for each row and KV head of a `WaveIndex`, for `wave_attention(q, index, buffer=buffer)`.
 
+    The paper's wave buffer (arXiv 2505.02922), with its bookkeeping on the device.
+
     The retrieval zone reads its vectors from the cache, in pages of up to `page` vectors of one cluster; what it lacks
     is copied in first. Outputs are what they are without a buffer. An index on a CUDA device gives up its keys and
     values in clusters to pinned host memory, for good: it is then read through buffers only. On a CPU the two tiers are

@@ -36,7 +36,8 @@ class WaveConfig:
         max_error: share of the attention mass, in `(0, 1)`.
         clustering: `"native"`; `"faiss"`, centroids by `faiss.Kmeans(spherical=True)` from the same start, of finite
             keys only (`pip install attnlab[faiss-cpu]` or `attnlab[faiss-gpu]`).
-        meta_dtype: `"int8"`: mean keys and values are kept in 8 bits, with a scale each; None: in the keys' dtype.
+        meta_dtype: `"int8"`: mean keys and values are kept in 8 bits, with a scale each, for the reference and the
+            portable backend only; None: in the keys' dtype.
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what came.

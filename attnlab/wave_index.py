@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from . import wave_faiss, wave_file, wave_reference
-from .dispatch import MAX_HEAD_DIM, Call, Reasons, check_int, pick, portable_reasons, reference_reasons, triton_reasons
+from .dispatch import (
+    MAX_HEAD_DIM,
+    Call,
+    Reasons,
+    check_int,
+    check_ints,
+    pick,
+    portable_reasons,
+    reference_reasons,
+    triton_reasons,
+)
 from .kernels.retroinfer.spec import Plan, Spec, Store, allocate, budget, places, plan
 from .packs import without_autocast
 from .wave_config import WaveConfig, kernel_reasons
@@ -39,7 +49,8 @@ class WaveIndex:
     them by segmented spherical k-means and keeps, beside the tokens, the mean key, mean value, size and radius of each
     cluster (the meta index). The first tokens of an empty row are indexed at once, all but the last `config.local`;
     later ones wait until `config.update_every` of them are neither indexed nor among the last `config.local`, and are
-    then clustered together. Older clusters never change.
+    then clustered together. Older clusters never change. This is the paper's wave index and its update by segmented
+    clustering (arXiv 2505.02922).
 
     The capacity is fixed and reserved beforehand: tokens over it are a `ValueError` that leaves the index as it was.
 
@@ -50,7 +61,13 @@ class WaveIndex:
         config: see `WaveConfig`.
         dtype: float16, bfloat16, float32 or float64. Radii are float32 (float64).
         device: the default device if None.
-        backend: which one clusters, `"auto"`, `"reference"`, `"portable"` or `"triton"`.
+        backend: which one clusters, `"auto"`, `"reference"`, `"portable"` or `"triton"` (without
+            `config.meta_dtype="int8"`).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        BackendError: an explicit backend cannot serve the device, dtype, head size or configuration.
+        ModuleNotFoundError: `config.clustering="faiss"` without faiss.
 
     Attributes:
         store: the tensors, see `kernels/retroinfer/spec.py`. They keep their addresses; a `WaveBuffer` on a CUDA device
@@ -112,7 +129,8 @@ class WaveIndex:
             config, backend: see `WaveIndex`.
 
         Raises:
-            ValueError, TypeError: naming the argument, what was expected and what came.
+            ValueError, TypeError: naming the argument, what was expected and what came; more tokens than `capacity`.
+            BackendError, ModuleNotFoundError: as `WaveIndex` does.
         """
         fn = "WaveIndex.build"
         _check_tensors(fn, k, v)
@@ -132,7 +150,8 @@ class WaveIndex:
         Row `b` takes its first `lengths[b]` tokens (all by default).
 
         Raises:
-            ValueError, TypeError: wrong shapes, dtype or device, or over `capacity`; the index is then unchanged.
+            ValueError, TypeError: wrong shapes, dtype or device of `k, v`, wrong `lengths`, or over `capacity`; the
+                index is then unchanged.
         """
         fn = "WaveIndex.append"
         _check_tensors(fn, k, v)
@@ -149,7 +168,13 @@ class WaveIndex:
         self._take(fn, k, v, [0] * self.batch, counts)
 
     def row(self, b: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of row `b` in the order they came, `[t, G, D]` each: copies."""
+        """Keys and values of row `b` in the order they came, `[t, G, D]` each: copies.
+
+        Raises:
+            ValueError: no such row.
+        """
+        if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < self.batch:
+            raise ValueError(f"WaveIndex.row: b must be an int in 0..{self.batch - 1}, got {b!r}")
         return wave_reference.in_order(self.store, b, self._lengths[b], self._indexed[b], self._spec)
 
     def reset(self) -> None:
@@ -162,7 +187,11 @@ class WaveIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to one file: what the rows hold, the configuration, a version and a checksum.
 
-        The file appears whole, by a rename, or not at all. Needs safetensors (`pip install attnlab[hf]`).
+        The file appears whole, by a rename, or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+            ModuleNotFoundError: safetensors is not installed (`pip install attnlab[hf]`).
         """
         wave_file.save(self, path)
 
@@ -183,8 +212,10 @@ class WaveIndex:
             backend: which one clusters from now on.
 
         Raises:
-            ValueError: the file is truncated, was altered, or is of another version or kind.
+            ValueError: the file is truncated, was altered, or is of another version or kind; `capacity` is less than
+                its longest row.
             OSError: the file cannot be read.
+            ModuleNotFoundError: safetensors is not installed (`pip install attnlab[hf]`).
         """
         return wave_file.load(cls, path, capacity, device, backend)
 
@@ -354,7 +385,7 @@ def _check_config(config: WaveConfig | None) -> WaveConfig:
 
 
 def _per_row(fn: str, name: str, values: Sequence[int] | Tensor, most: list[int]) -> list[int]:
-    found = [int(n) for n in (values.tolist() if isinstance(values, Tensor) else values)]
+    found = check_ints(fn, name, values)
     if len(found) != len(most) or not all(0 <= n <= m for n, m in zip(found, most, strict=True)):
         raise ValueError(f"{fn}: {name} must be {len(most)} ints from 0 to at most {most}, got {found}")
     return found

@@ -54,7 +54,7 @@ class Bench:
     def _contending(self, case: bc.Case) -> list[str]:
         """The backends timed on a case; what takes minutes, on a CPU, is for the first alone."""
         if case.kind in bench_wave.KINDS:
-            return self.wave_backends
+            return ["portable"] if case.kind == "wave_int8" else self.wave_backends
         if case.kind == "decode":
             return [name for name in self.backends if name in DECODERS]
         alone = self.device.type == "cpu" and case.kind in ("flex", "memory", "growth")
@@ -193,14 +193,16 @@ class Bench:
 
     def _wave_memory(self, cases: list[bc.Case]) -> None:
         for case in cases:
-            for name in self.wave_backends:
-                self.progress.step(f"memory T={case.length} [{name}]")
+            for name in self._contending(case):
+                self.progress.step(f"{case} [{name}]")
                 meta, kv = (n / 2**20 for n in bench_wave.memory(case, self.wave_shape, self.device, name))
                 share = Spread(meta / kv, meta / kv, meta / kv, 1)
                 met = None if case.target is None else share.p50 <= case.target
                 for what, held, figure in (("KV", kv, None), (name, meta, share)):
                     goal = (case.target, met) if figure else (None, None)
                     self.rows.append(_row(case, what, "MiB", Spread(held, held, held, 1), figure, *goal))
+
+    _wave_int8 = _wave_memory
 
     def _time(self, contenders: bc.Contenders, case: bc.Case, least_s: float = 0.0) -> dict[str, list[float]]:
         def tick(name: str) -> None:
@@ -227,7 +229,7 @@ class Bench:
                 per_round, dense_forward = ours + dense_forward, 0
             if case.kind == "flex":
                 per_round = 0 if self.quick else 3 + ours
-            if case.kind in ("memory", "wave_memory"):
+            if case.kind in ("memory", "wave_memory", "wave_int8"):
                 per_round, rounds = ours, 1
             steps += per_round * rounds
         return steps

@@ -27,7 +27,7 @@ from attnlab.kernels.retroinfer.spec import cdiv, plan
 from attnlab.testing import assert_accurate
 
 BACKENDS = ("triton", "portable")
-KINDS = ("wave_decode", "wave_build", "wave_faiss", "wave_growth", "wave_memory")
+KINDS = ("wave_decode", "wave_build", "wave_faiss", "wave_growth", "wave_memory", "wave_int8")
 CPU_SHAPE = Shape(32, 8, 64, "float32")
 GPU_SHAPE = Shape(32, 8, 128, "bfloat16")
 SHORTER = 4  # dense prefill is measured on a quarter of the tokens, and its time taken 16 times
@@ -44,10 +44,12 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             "wave_faiss": 4096,
             "wave_growth": 8192,
             "wave_memory": 8192,
+            "wave_int8": 8192,
         }
         return [Case(kind, n, repeats=3) for kind, n in lengths.items()]
     if device.type == "cuda":
-        lengths = {"wave_decode": 131072, "wave_build": 32768, "wave_growth": 262144, "wave_memory": 131072}
+        lengths = {"wave_decode": 131072, "wave_build": 32768, "wave_growth": 262144}
+        lengths |= dict.fromkeys(("wave_memory", "wave_int8"), 131072)
         return [Case(kind, n, repeats=15 if kind == "wave_decode" else 5) for kind, n in lengths.items()]
     return [
         Case("wave_decode", 131072, target=4.0, repeats=15),
@@ -57,6 +59,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         Case("wave_faiss", 32768, target=1.0, repeats=3),
         Case("wave_growth", 262144, target=1.3, repeats=2),
         Case("wave_memory", 131072, target=0.065, repeats=1),
+        Case("wave_int8", 131072, target=0.035, repeats=1),
     ]
 
 
@@ -169,7 +172,9 @@ def faiss_contenders(case: Case, shape: Shape) -> Contenders:
 
 
 def memory(case: Case, shape: Shape, device: torch.device, backend: str) -> tuple[int, int]:
-    """Bytes of the meta index, and of the keys and values."""
-    k, v = make_kv(shape, case.length, device)
-    index = attnlab.WaveIndex.build(k, v, attnlab.WaveConfig(iterations=1), backend=backend)
+    """Bytes of the meta index, and of the keys and values; `wave_int8`: one of int8, and these in bfloat16."""
+    small = case.kind == "wave_int8"
+    k, v = make_kv(dataclasses.replace(shape, dtype="bfloat16") if small else shape, case.length, device)
+    config = attnlab.WaveConfig(iterations=1, meta_dtype="int8" if small else None)  # bytes are those of any iterations
+    index = attnlab.WaveIndex.build(k, v, config, backend=backend)
     return index.meta_bytes, index.kv_bytes

@@ -121,6 +121,7 @@ def _wave(record: Record) -> str:
         "wave_build": ("index build, ms", "SDPA causal prefill: 16 x a quarter of the tokens"),
         "wave_faiss": ("k-means alone, ms", "faiss, same starts and assignments"),
         "wave_memory": ("meta index, MiB", "keys and values"),
+        "wave_int8": ("meta index in int8, MiB", "keys and values in bfloat16"),
     }
     bases = {_case(row): row for row in record["rows"] if row["contender"] in ("sdpa", "faiss", "KV")}
     lines = []
@@ -128,7 +129,7 @@ def _wave(record: Record) -> str:
         if row["kind"] not in names or row["figure"] is None:
             continue
         what, against = names[row["kind"]]
-        share = row["kind"] in ("wave_build", "wave_memory")
+        share = row["kind"] in ("wave_build", "wave_memory", "wave_int8")
         figures = (row[key] for key in ("figure", "figure_p20", "figure_p80"))
         middle, low, high = (f"{100 * x:.1f}%" if share else f"{x:.1f}x" for x in figures)
         spread = "" if low == high else f" ({low}-{high})"

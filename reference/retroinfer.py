@@ -92,10 +92,10 @@ def iterate(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def segmented_kmeans(k: Tensor, options: Options) -> State:
-    """Spherical k-means of one head's keys `[t, d]`: labels `[t]` and the centroids `[n, d]` they were assigned to.
+    """The paper's segmented clustering of one head's keys `[t, d]`: labels `[t]` and the centroids `[n, d]` they chose.
 
-    Keys count minus their mean. A segment starts from evenly strided keys; of `iterations` assignments the last is the
-    final pass, over the segment's own centroids or over all. A cluster over `max_cluster` is split in token order.
+    Spherical k-means of keys minus their mean. A segment starts from evenly strided keys; of `iterations` assignments
+    the last is the final pass, over its own centroids or all. Clusters over `max_cluster` are split in token order.
     """
     k = k.to(accumulation_dtype(k))
     mean = k.mean(0)
@@ -166,7 +166,7 @@ def build_index(k: Tensor, v: Tensor, options: Options, labels: Tensor | None = 
 
 
 def extend_index(index: Index, k: Tensor, v: Tensor, options: Options, labels: Tensor | None = None) -> Index:
-    """The index after the row has grown to `k, v`, by a generated token or by a new prompt part.
+    """The index after the row has grown to `k, v`, by a generated token or a new prompt part: the paper's index update.
 
     As soon as `update_every` tokens that are neither indexed nor local wait, all of them are clustered, in segments as
     a build does, and appended; earlier clusters stay as they are.
@@ -201,8 +201,8 @@ def estimated_clusters(estimation: str, ratio: float, count: int) -> int:
 def rank(logits: Tensor, present: Tensor, kv_heads: int, group_reduce: str) -> Tensor:
     """Candidates by falling score, `[g, n]`, those not `present [g, n]` last; ties to the lowest, NaN first.
 
-    The score of a candidate is the softmax of `logits [h, n]` (-inf where not present), reduced over the group by
-    `sum`, `mean` or `max`. It is kept as a logarithm, since far candidates' probabilities underflow and would tie.
+    A candidate's score, in the paper a centroid's, is the softmax of `logits [h, n]` (-inf where not present), reduced
+    over the group by `sum`, `mean` or `max`. It is kept as a logarithm: probabilities of far ones underflow and tie.
     """
     shares = rearrange(logits, "(g r) n -> g r n", g=kv_heads).log_softmax(-1)
     scores = shares.amax(1) if group_reduce == "max" else shares.logsumexp(1)
@@ -251,7 +251,7 @@ def exact_state(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> 
 
 
 def estimated_state(weight: Tensor, index: Index, estimated: Tensor) -> State:
-    """Clusters in `estimated [g, n]` as if each member's key were the centroid: `sum exp(q c) VS / sum s exp(q c)`."""
+    """Clusters `[g, n]` as if all keys were the centroid, as the paper does: `sum exp(q c) VS / sum s exp(q c)`."""
     group = weight.shape[0] // len(estimated)
     mask = estimated.repeat_interleave(group, 0)
     means = (index.value_sums / index.sizes.clamp(min=1)[..., None]).repeat_interleave(group, 0)
@@ -316,7 +316,7 @@ def wave_attention(
     weight_by_size: bool = False,
     max_error: float | None = None,
 ) -> Result:
-    """One decode step over the three zones. `max_error` lets the retrieval zone grow until the bound meets it.
+    """One decode step: the paper's tripartite attention. `max_error` lets the retrieval zone grow to meet the bound.
 
     A query head that meets a NaN or an infinity in any centroid is NaN, whether or not that cluster was chosen.
     """

@@ -77,6 +77,25 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_CUDA else "cpu")
 
 
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory):
+    """Builds and runs the CUDA C++ kernels on the CPU, each once for all tests."""
+    from tests.cuda_emulation.emulate import Emulator
+
+    return Emulator(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def emulated(machine, monkeypatch: pytest.MonkeyPatch):
+    """Launches of CUDA C++ kernels go to the `machine`."""
+    from attnlab.kernels.cuda import module
+
+    monkeypatch.setattr(module, "launch", machine.launch)
+    monkeypatch.setattr(module, "arch", lambda device: 90)
+    machine.falling = False
+    return machine
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty as it is")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from attnlab.kernels import configs
 from attnlab.kernels.cuda import module, retroinfer
-from tests.cuda_emulation.emulate import COMPILER, Emulator
+from tests.cuda_emulation.emulate import COMPILER
 from tests.wave_traces import EVERY, Trace, run
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build the emulation with")
@@ -15,20 +15,13 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to bui
 POLICIES = ("clock", "lru")
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    return Emulator(tmp_path_factory.mktemp("emulation"))
-
-
 @pytest.fixture
-def serve(machine, monkeypatch):
+def serve(emulated, monkeypatch):
     """Two warps a block, so that a cache of 100 pages takes two rounds; threads run in either order by turns."""
-    monkeypatch.setattr(module, "launch", machine.launch)
-    monkeypatch.setattr(module, "arch", lambda device: 90)
     monkeypatch.setitem(configs.TABLES, "cuda.buffer", {(0, 256, 4): {"THREADS": 64, "BLOCKS": 6}})
 
     def either_way(*arguments):
-        machine.falling = not machine.falling
+        emulated.falling = not emulated.falling
         retroinfer.serve(*arguments)
 
     return either_way

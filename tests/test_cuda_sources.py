@@ -6,27 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from attnlab.kernels.cuda import moba, module
+from attnlab.kernels.cuda import moba
 from attnlab.kernels.moba.spec import Geometry, Slots, Spec, geometry, slots
 from attnlab.reference.moba import moba_select
-from tests.cuda_emulation.emulate import COMPILER, Emulator
+from tests.cuda_emulation.emulate import COMPILER
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build the emulation with")
 
 BASE = Spec(16, 4, True, 1.0, False, 0, 0, 1 << 30)
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    return Emulator(tmp_path_factory.mktemp("emulation"))
-
-
-@pytest.fixture
-def emulated(machine, monkeypatch):
-    monkeypatch.setattr(module, "launch", machine.launch)
-    monkeypatch.setattr(module, "arch", lambda device: 90)
-    machine.falling = False
-    return machine
 
 
 def pack(lengths_q, lengths_k, spec: Spec) -> tuple[Geometry, Slots, torch.Tensor, torch.Tensor]:

@@ -135,7 +135,7 @@ def test_quality_end_to_end(tmp_path, capsys, monkeypatch):
     assert wave_quality.main(["--quick", "--tokens", "256", "--out", str(tmp_path / "made")]) == 0
     text = capsys.readouterr().out
     record = json.loads((tmp_path / "made" / "wave-quality-cpu.json").read_text())
-    assert wave_quality.markdown(record) in text and "100.0% ±0.0" in text
+    assert wave_quality.markdown(record) in text and "| full" not in text
     assert {row["data"] for row in record["rows"]} == {"planted", "llama"}
     assert {row["selector"] for row in record["rows"]} == set(METHODS)
     full = [row for row in record["rows"] if row["selector"] == "full"]
@@ -174,27 +174,43 @@ CASE = bench_cases.Case("wave_decode", 512)
 
 def test_bench_writes_retroinfers_rows(monkeypatch, tmp_path, capsys):
     targets = {"wave_decode": 0.0, "wave_build": 0.0, "wave_faiss": 1e9, "wave_growth": 1e9, "wave_memory": 0.01}
+    targets |= {"wave_int8": 0.05}
+    progress = []
     few = [bench_cases.Case(kind, 1024, target=goal, repeats=1) for kind, goal in targets.items()]
     monkeypatch.setattr(bench_wave, "cases", lambda device, quick: few)
     monkeypatch.setattr(bench_wave, "CPU_SHAPE", SMALL)
+    monkeypatch.setattr(bench.Progress, "close", lambda self: progress.append((self.done, self.total)))
     only = ",".join(bench_wave.KINDS)
     assert bench.main(["--out", str(tmp_path), "--device", "cpu", "--only", only]) == 0
     record = json.loads((tmp_path / "bench-cpu.json").read_text())
     rows = [row for row in record["rows"] if row["target"] is not None]
     met = {"wave_decode": True, "wave_build": False, "wave_faiss": False, "wave_growth": True, "wave_memory": False}
+    met["wave_int8"] = True
     if bench_wave.no_faiss(CPU):
         met.pop("wave_faiss")
         assert any("faiss: skipped" in note for note in record["notes"])
+    else:
+        assert len({*progress[0]}) == 1  # as many steps as were foretold
     assert {row["kind"]: row["met"] for row in rows} == met
     by_kind = {kind: [row for row in record["rows"] if row["kind"] == kind] for kind in targets}
     # 60 clusters of two means of 16 floats, a radius and an offset; 1024 tokens of a key and a value.
     assert by_kind["wave_memory"][1]["figure"] == 60 * (2 * 16 + 2) / (1024 * 32)
+    # In int8 a byte for each of those floats, two steps of 2 bytes, a radius and an offset; the keys are bfloat16.
+    assert by_kind["wave_int8"][1]["figure"] == 60 * (2 * 16 + 12) / (1024 * 32 * 2)
     dense, ours = by_kind["wave_build"]
     assert ours["figure"] == pytest.approx(ours["p50"] / dense["p50"])
     assert [row["length"] for row in by_kind["wave_growth"]] == [128, 256, 512, 1024]
     text = (tmp_path / "bench-cpu.md").read_text()
     assert text == report.markdown(record) and text in capsys.readouterr().out
-    for words in ("4 heads, 2 KV heads, D=16", "decode, 1 token", ">= 0: met", "<= 0%: missed", "<= 1%: missed"):
+    for words in (
+        "4 heads, 2 KV heads, D=16",
+        "decode, 1 token",
+        ">= 0: met",
+        "<= 0%: missed",
+        "<= 1%: missed",
+        "keys and values in bfloat16",
+        "<= 5%: met",
+    ):
         assert words in text
 
 
@@ -271,6 +287,11 @@ def test_check_stops_a_wrong_full_step(monkeypatch):
     monkeypatch.setattr(attnlab, "wave_attention", wrong)
     with pytest.raises(bench_check.Disagreement, match="step over every cluster: error"):
         bench_check.check(CASE, SMALL, CPU, "portable")
+
+
+def test_int8_takes_its_share_of_the_memory():
+    meta, kv = bench_wave.memory(bench_cases.Case("wave_int8", 8192), bench_wave.CPU_SHAPE, CPU, "portable")
+    assert 0.033 < meta / kv < 0.035 and kv == 8192 * 8 * 2 * 64 * 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -335,6 +335,12 @@ ZEROS = torch.zeros(2, 3, 2, 4)
         (lambda c: moba_decode(ZEROS[..., :3], c, topk=1), ValueError, r"q must have shape \[2, Tq, Hq, 4\]"),
         (lambda c: moba_decode(ZEROS[:, :, :1], c, topk=1), ValueError, "multiple of the cache's heads 2, got 1"),
         (lambda c: moba_decode(ZEROS.half(), c, topk=1), TypeError, "q must have the cache's dtype"),
+        (
+            lambda c: moba_decode(ZEROS, c, topk=1, q_lengths=[1.5, 2]),
+            TypeError,
+            "q_lengths must be a sequence of ints",
+        ),
+        (lambda c: moba_decode(ZEROS, c, topk=1, q_lengths=[1, 4]), ValueError, "q_lengths must be 2 ints in 0..3"),
         (lambda c: moba_decode(ZEROS, None, topk=1), TypeError, "cache must be a MoBACache, got NoneType"),
         (lambda c: moba_decode(ZEROS, c, topk=1), ValueError, "q holds 3 tokens of row 0, the cache 2"),
         (lambda c: moba_decode(ZEROS[:, :1], c, topk=1, backend="cuda"), ValueError, "backend must be one of 'auto'"),

@@ -33,6 +33,7 @@ BAD_CONFIG = [
     (dict(max_error=1.0), ValueError, "max_error must be in (0, 1), got 1.0"),
 ]
 BIG = torch.zeros(1, 9, 2, 257)
+INTS = "must be a sequence of ints or an integer tensor of one dimension"
 BAD_BUILD = [
     (dict(k=K[0]), ValueError, "k must have shape [B, T, G, D], got [131, 2, 8]"),
     (dict(k=K.tolist()), TypeError, "k must be a Tensor, got list"),
@@ -46,6 +47,13 @@ BAD_BUILD = [
     (dict(config={}), TypeError, "config must be a WaveConfig, got dict"),
     (dict(capacity=0), ValueError, "capacity must be a positive int, got 0"),
     (dict(capacity=130), ValueError, "row 0 holds 0 tokens, 131 more pass the index's capacity=130"),
+    (dict(lengths=[1.7, 2, 3]), TypeError, f"lengths {INTS}, got [1.7, 2, 3]"),
+    (dict(lengths=3), TypeError, f"lengths {INTS}, got 3"),
+    (dict(lengths=[True, 2, 3]), TypeError, f"lengths {INTS}, got [True, 2, 3]"),
+    (dict(lengths=torch.ones(3)), TypeError, f"lengths {INTS}, got a torch.float32 tensor of shape [3]"),
+    (dict(starts=["a", 0, 0]), TypeError, f"starts {INTS}, got ['a', 0, 0]"),
+    (dict(starts=torch.ones(3, 1).int()), TypeError, f"starts {INTS}, got a torch.int32 tensor of shape [3, 1]"),
+    (dict(starts=torch.tensor(1)), TypeError, f"starts {INTS}, got a torch.int64 tensor of shape []"),
     (dict(lengths=[1, 2]), ValueError, "lengths must be 3 ints from 0 to at most [131, 131, 131], got [1, 2]"),
     (dict(lengths=[1, 2, 132]), ValueError, "lengths must be 3 ints from 0 to at most [131, 131, 131]"),
     (dict(starts=[0, -1, 0]), ValueError, "starts must be 3 ints from 0 to at most [131, 131, 131], got [0, -1, 0]"),
@@ -59,8 +67,16 @@ BAD_APPEND = [
     (dict(v=V[:, :1]), ValueError, "v must have k's shape [3, 131, 2, 8], got [3, 1, 2, 8]"),
     (dict(k=K.half(), v=V.half()), TypeError, "k must have the index's dtype torch.float64, got torch.float16"),
     (dict(k=K.to("meta"), v=V.to("meta")), ValueError, "k must be on the index's device cpu, got meta"),
+    (dict(lengths=[1.7, 2, 3]), TypeError, f"lengths {INTS}, got [1.7, 2, 3]"),
+    (dict(lengths=3), TypeError, f"lengths {INTS}, got 3"),
     (dict(lengths=[0, 0, 132]), ValueError, "lengths must be 3 ints from 0 to at most [131, 131, 131]"),
     (dict(), ValueError, "row 0 holds 131 tokens, 131 more pass the index's capacity=143"),
+]
+BAD_ROW = [
+    (dict(b=3), ValueError, "b must be an int in 0..2, got 3"),
+    (dict(b=-1), ValueError, "b must be an int in 0..2, got -1"),
+    (dict(b=1.0), ValueError, "b must be an int in 0..2, got 1.0"),
+    (dict(b=True), ValueError, "b must be an int in 0..2, got True"),
 ]
 BAD_QUERY = [
     (dict(index=K), TypeError, "index must be a WaveIndex, got Tensor"),
@@ -127,6 +143,7 @@ BAD_CLOSED = [
 CALLS = [
     ("WaveConfig", lambda **x: WaveConfig(**x), BAD_CONFIG),
     ("WaveIndex", lambda **x: WaveIndex.build(**dict(k=K, v=V, config=CONFIG) | x), BAD_BUILD),
+    ("WaveIndex.row", lambda **x: INDEX.row(**x), BAD_ROW),
     ("WaveIndex.append", lambda **x: INDEX.append(**dict(k=K, v=V) | x), BAD_APPEND),
     ("wave_attention", lambda **x: wave_attention(**dict(q=Q, index=INDEX) | x), BAD_QUERY),
     ("WaveBuffer", lambda **x: WaveBuffer(**dict(index=INDEX) | x), BAD_BUFFER),

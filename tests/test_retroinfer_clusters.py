@@ -6,9 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnlab import WaveConfig
+from attnlab.kernels.retroinfer import portable
+from attnlab.kernels.retroinfer.spec import plan
 from attnlab.reference import retroinfer as wave
 from tests.wave_oracle import CLOSE, SMALL, dense, numpy_kmeans, row
 
@@ -48,6 +51,19 @@ def test_objective_never_falls(seed, shared, copies):
         values.append(float((x * (centroids - k.mean(0))[labels]).sum()))
     assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(values))
     assert values[-1] > values[0] or copies == 7
+
+
+@given(seed=st.integers(0, 1000), shared=st.sampled_from([0.0, 5.0]), segment=st.sampled_from([40, 64]))
+@settings(max_examples=10)
+def test_portable_objective_never_falls(seed, shared, segment):
+    k, values = row(64, seed=seed).k + shared, []
+    for iterations in (1, 2, 3, 4, 8):
+        spec = WaveConfig(segment=segment, tokens_per_cluster=4, update_every=4, iterations=iterations).spec
+        labels = portable.kmeans(k, plan(spec, [(0, 0, 64)], [0]), spec).long()
+        heads = zip((k - k.mean(0)).unbind(1), labels, strict=True)
+        values.append(float(sum(wave.total(x, y, 16).norm(dim=1).sum() for x, y in heads)))
+    assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(values))
+    assert values[-1] > values[0]
 
 
 def test_ties_go_to_the_lowest_and_the_rest_is_empty():

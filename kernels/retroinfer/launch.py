@@ -14,13 +14,11 @@ from .buffer import Cache
 from .estimate import estimate
 from .exact import Cached, exact
 from .merge import merge
-from .portable_attend import Meta, Zone, adaptive, members, neglected, weigh
+from .portable_attend import Meta, Zone, adaptive, best, members, neglected, weigh
 from .score import Scores, score
 from .select import select
 from .spec import Attended, Plan, Query, Spec, Store
 from .update import update
-
-_BELOW, _LOW = torch.iinfo(torch.int64).min, 0x7FFFFFFF
 
 
 @torch.no_grad()
@@ -36,7 +34,8 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec, cache: Cache | Non
         if meta is not None and query.max_error > 0:
             nothing = select(scored, store, query, torch.zeros_like(scored.ranks[..., 0]))
             steady = merge(q, exact(q, store, nothing, spec, query.scale), None, scored, store)[2]
-            enough = adaptive(meta, steady.view(meta.total.shape), _order(scored.ranks, meta.live), query.max_error)
+            order = best(scored.ranks.long(), meta.live, scored.ranks.shape[2])
+            enough = adaptive(meta, steady.view(meta.total.shape), order, query.max_error)
             wanted = torch.maximum(wanted, enough.int())
         zones = select(scored, store, query, wanted)
         read = exact(q, store, zones, spec, query.scale, None if cache is None else _fetch(zones.chosen, store, cache))
@@ -63,13 +62,6 @@ def _meta(q: Tensor, scored: Scores, store: Store, query: Query) -> Meta:
     sizes = store.sizes
     scores = scored.scores.masked_fill((sizes == 0)[:, :, None], -torch.inf)
     return weigh(q.float().view(*scored.total.shape, q.shape[2]), scores, sizes, store, query)
-
-
-def _order(ranks: Tensor, live: Tensor) -> Tensor:
-    """Slots by falling rank, ties to the lowest, then -1, `[B, G, C]`."""
-    keys = (ranks.long() << 32) | (_LOW - torch.arange(ranks.shape[2], device=ranks.device))
-    keys = keys.masked_fill(~live, _BELOW).sort(dim=-1, descending=True).values
-    return (_LOW - (keys & _LOW)).masked_fill(keys == _BELOW, -1)
 
 
 def kmeans(k: Tensor, plan: Plan, spec: Spec) -> Tensor:

@@ -137,8 +137,17 @@ def rank(scores: Tensor, live: Tensor, count: int) -> Tensor:
     if not small:
         ranks, order = ranks.masked_fill(~live, _BELOW).sort(dim=-1, descending=True, stable=True)
         return order.masked_fill(ranks == _BELOW, -1)[..., :count]
-    slot = torch.arange(scores.shape[-1], device=scores.device)
-    keys = ((ranks << 32) | (_LOW - slot)).masked_fill(~live, _BELOW).topk(count, dim=-1).values
+    return best(ranks, live, count)
+
+
+def best(ranks: Tensor, live: Tensor, count: int) -> Tensor:
+    """The `count` live slots `[B, G, count]` of the highest ranks (int32's, as int64), ties to the lowest, then -1."""
+    keys = (ranks << 32) | (_LOW - torch.arange(ranks.shape[-1], device=ranks.device))
+    keys = keys.masked_fill(~live, _BELOW)
+    if count < ranks.shape[-1]:
+        keys = keys.topk(count, dim=-1).values
+    else:
+        keys = keys.sort(dim=-1, descending=True).values
     return (_LOW - (keys & _LOW)).masked_fill(keys == _BELOW, -1)
 
 

@@ -1,4 +1,4 @@
-"""Segmented spherical k-means in plain PyTorch, for all rows and heads of a call at once.
+"""The paper's segmented clustering, spherical k-means, in plain PyTorch, for all rows and heads of a call at once.
 
 Segments of one length are one batch of problems, `x [P, t, D]`, keys minus their mean. Scores are only held a
 cache-sized chunk at a time. Sums follow a stable sort by label, so the same input gives the same bits.

@@ -6,6 +6,7 @@ A unit is a token (`oracle`), a page of consecutive tokens (`quest`) or a cluste
 import torch
 from torch import Tensor
 
+from .portable_attend import softmax_state
 from .spec import Query, Spec, Store, cdiv, from_int8, steady
 
 PAGE = 16  # indexed tokens of a page; the last one may have fewer
@@ -36,10 +37,11 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, bud
             estimated = (place >= count) & (place < count + more) & (sizes > 0)
     held = steady(store.lengths, store.indexed, spec)[:, None].expand(-1, heads, -1)
     bias = sizes.to(q.dtype).clamp(min=1).log()[:, :, None]
-    out, lse = _softmax(
+    seen = torch.cat([held, read, estimated], 2)
+    values = (store.v_steady, store.v, from_int8(store.value_means, store.steps, 1))
+    out, lse = softmax_state(
         torch.cat([_scores(q, store.k_steady, held), _masked(members, read), _masked(clusters + bias, estimated)], 3),
-        torch.cat([held, read, estimated], 2),
-        torch.cat([x.to(q.dtype) for x in (store.v_steady, store.v, from_int8(store.value_means, store.steps, 1))], 2),
+        torch.cat([x.to(q.dtype) for x in values], 2).masked_fill_(~seen[..., None], 0),  # 0 * NaN is NaN
     )
     trace = torch.where(store.indexed[:, None, None] > 0, logits.logsumexp(-1) * 0, 0)  # NaN of any unit shows
     return (out + trace[..., None]).flatten(1, 2).to(dtype), (lse + trace).flatten(1, 2)
@@ -84,10 +86,3 @@ def _order(logits: Tensor, present: Tensor, reduce: str) -> Tensor:
     shares = logits.log_softmax(-1)
     scores = shares.amax(2) if reduce == "max" else shares.logsumexp(2)
     return scores.masked_fill(~present, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-
-
-def _softmax(logits: Tensor, seen: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention `[B, G, r, D]` and its lse; values nobody sees may be anything."""
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    return weights @ values.masked_fill(~seen[..., None], 0).to(logits.dtype), lse

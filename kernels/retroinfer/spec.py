@@ -71,10 +71,6 @@ class Plan(NamedTuple):
     held: tuple[int, ...]  # the slots the row had before,
     slots: tuple[int, ...]  # and those the call adds
 
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        return tuple(end - start for _, start, end in self.ranges)
-
 
 class Query(NamedTuple):
     """The options of one decode step, after validation."""
