@@ -22,7 +22,7 @@ class ErrorBound(NamedTuple):
     """Between which shares `lower, upper [B, 1, Hq]` of a head's attention mass lies what was not read exactly.
 
     The lower one follows from Jensen's inequality (in the paper: accuracy-bounded attention estimation), the upper one
-    from the clusters' radii. Nothing unread: both 0.
+    from the clusters' radii: equation 5 of `reference/retroinfer.py`. Nothing unread: both 0.
     """
 
     lower: Tensor
@@ -50,7 +50,7 @@ def wave_attention(
     next clusters count as if each of their keys were the mean key. Clusters rank by the softmax of `q . centroid`,
     reduced over the query heads of a KV head, ties to the lowest; empty ones are never chosen. All clusters read is
     full attention. The choice, and so the zones, are one per KV head. In the paper (arXiv 2505.02922): tripartite
-    attention approximation.
+    attention approximation; here equations 3 (ranks) and 4 (estimates) of `reference/retroinfer.py`.
 
     Args:
         q: `[B, 1, Hq, D]` in the index's dtype.

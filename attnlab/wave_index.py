@@ -50,7 +50,7 @@ class WaveIndex:
     cluster (the meta index). The first tokens of an empty row are indexed at once, all but the last `config.local`;
     later ones wait until `config.update_every` of them are neither indexed nor among the last `config.local`, and are
     then clustered together. Older clusters never change. This is the paper's wave index and its update by segmented
-    clustering (arXiv 2505.02922).
+    clustering (arXiv 2505.02922); equations 1 and 2 of `reference/retroinfer.py`.
 
     The capacity is fixed and reserved beforehand: tokens over it are a `ValueError` that leaves the index as it was.
 

@@ -2,7 +2,13 @@
 
 One row at a time: `k, v [t, g, d]` in token order, `q [h, d]` the query of the newest token. Legend: `t` tokens, `g` KV
 heads, `h = g r` query heads, `n` clusters, `d` head size. Tokens `sink .. sink + indexed - 1` are indexed, each KV head
-on its own; the others are the steady zone.
+on its own; the others are the steady zone. With `q` scaled, clusters `i` of `s_i` keys, and the numbering of this page:
+
+    (1)  label(k) = argmax_i (k - mean) . u_i,  u_i the direction of the sum of the cluster's keys minus their mean
+    (2)  c_i = mean of the members' keys,  VS_i = sum of their values,  r_i = max |k - c_i|
+    (3)  rank_i = sum over a group's heads of softmax_i(q . c)
+    (4)  out = sum_i exp(q . c_i) VS_i / sum_i s_i exp(q . c_i),  lse = log sum_i s_i exp(q . c_i)
+    (5)  s_i exp(q . c_i)  <=  sum over members of exp(q . k)  <=  s_i exp(q . c_i + |q| r_i)
 """
 
 import math
@@ -77,7 +83,7 @@ def normalise(x: Tensor) -> Tensor:
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """The best centroid of each key by inner product; ties, and scores that are all NaN, go to the lowest."""
+    """Equation 1: the best centroid of each key by inner product; ties, and scores all NaN, go to the lowest."""
     return einsum(x, centroids, "t d, n d -> t n").argmax(-1)
 
 
@@ -131,7 +137,7 @@ def split(labels: Tensor, centroids: Tensor, most: int) -> State:
 
 
 def summarise(k: Tensor, v: Tensor, labels: Tensor, kept: Tensor, int8: bool = False) -> tuple[Tensor, ...]:
-    """All of an `Index` but the labels, of one head; an empty cluster keeps its row of `kept [n, d]`.
+    """Equation 2: all of an `Index` but the labels, of one head; an empty cluster keeps its row of `kept [n, d]`.
 
     `int8`: mean keys and values are those that 8 bits keep.
     """
@@ -201,7 +207,7 @@ def estimated_clusters(estimation: str, ratio: float, count: int) -> int:
 def rank(logits: Tensor, present: Tensor, kv_heads: int, group_reduce: str) -> Tensor:
     """Candidates by falling score, `[g, n]`, those not `present [g, n]` last; ties to the lowest, NaN first.
 
-    A candidate's score, in the paper a centroid's, is the softmax of `logits [h, n]` (-inf where not present), reduced
+    A candidate's score (equation 3: a centroid's) is the softmax of `logits [h, n]` (-inf where not present), reduced
     over the group by `sum`, `mean` or `max`. It is kept as a logarithm: probabilities of far ones underflow and tie.
     """
     shares = rearrange(logits, "(g r) n -> g r n", g=kv_heads).log_softmax(-1)
@@ -218,7 +224,7 @@ def first_of(order: Tensor, count: Tensor) -> Tensor:
 
 
 def cluster_logits(q: Tensor, index: Index, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled scores of the centroids, and logarithms of the least and the most mass a cluster can have, `[h, n]` each.
+    """Scaled scores of the centroids, and the logarithms of both sides of equation 5, `[h, n]` each.
 
     The least follows from Jensen's inequality, the most from the radius. All are -inf for an empty cluster.
     """
@@ -251,7 +257,7 @@ def exact_state(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> 
 
 
 def estimated_state(weight: Tensor, index: Index, estimated: Tensor) -> State:
-    """Clusters `[g, n]` as if all keys were the centroid, as the paper does: `sum exp(q c) VS / sum s exp(q c)`."""
+    """Equation 4: clusters `[g, n]` as if all keys were the centroid."""
     group = weight.shape[0] // len(estimated)
     mask = estimated.repeat_interleave(group, 0)
     means = (index.value_sums / index.sizes.clamp(min=1)[..., None]).repeat_interleave(group, 0)
