@@ -164,9 +164,9 @@ def _installed(module: str) -> bool:
 
 @_constant
 def _no_c_kernels() -> str:
-    from .kernels.cpu.module import missing
+    from .kernels.cpu import module
 
-    return missing()
+    return module.missing()
 
 
 @_constant
