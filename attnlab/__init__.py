@@ -1,6 +1,7 @@
 """Sparse and hybrid attention for long contexts, with references, kernels and evals."""
 
 from .dispatch import BackendError, Explanation, explain
+from .fusionrag import selective_attention
 from .moba import MoBASelection, moba_attention, moba_select
 from .moba_cache import MoBACache
 from .moba_decoding import moba_decode
@@ -29,5 +30,6 @@ __all__ = [
     "moba_attention",
     "moba_decode",
     "moba_select",
+    "selective_attention",
     "wave_attention",
 ]

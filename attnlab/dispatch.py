@@ -202,21 +202,22 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_qkv(fn: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
-    """Ranks, shapes, dtypes and devices of `q [B, Tq, Hq, D]`, `k, v [B, Tk, Hkv, D]`."""
+def check_qkv(fn: str, q: Tensor, k: Tensor, v: Tensor | None = None, *, paged: bool = False) -> None:
+    """Ranks, shapes, dtypes, devices of `q [B, Tq, Hq, D]`, `k, v [B, Tk, Hkv, D]`; paged: `[pages, size, Hkv, D]`."""
     named = [("q", q), ("k", k)] + ([("v", v)] if v is not None else [])
     for name, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(f"{fn}: {name} must be a Tensor, got {type(x).__name__}")
         if x.ndim != 4:
-            raise ValueError(f"{fn}: {name} must have shape [B, T, H, D], got {list(x.shape)}")
+            shape = "[pages, page_size, H, D]" if paged and x is not q else "[B, T, H, D]"
+            raise ValueError(f"{fn}: {name} must have shape {shape}, got {list(x.shape)}")
         if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
             raise TypeError(f"{fn}: {name} must be float16, bfloat16, float32 or float64, got {_short(x.dtype)}")
         if x.dtype != q.dtype:
             raise TypeError(f"{fn}: {name} must have q's dtype {_short(q.dtype)}, got {_short(x.dtype)}")
         if x.device != q.device:
             raise ValueError(f"{fn}: {name} must be on q's device {q.device}, got {x.device}")
-        if x.shape[0] != q.shape[0]:
+        if x.shape[0] != q.shape[0] and not paged:
             raise ValueError(f"{fn}: {name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
         if x.shape[3] != q.shape[3]:
             raise ValueError(f"{fn}: {name} must have q's head size {q.shape[3]}, got {x.shape[3]}")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.fusionrag.portable_keys import turn
+
 INTERLEAVED_MODELS = frozenset(
     {"cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium"}
 )
@@ -178,32 +180,34 @@ def shift_rope(
     any distance. Computed in float32 (float64 for float64), rounded once; the attention factor is not applied again.
     Under dynamic scaling both positions are read at one `seq_len`. Raises TypeError or ValueError as `apply_rope` does.
     """
-    _check_x("shift_rope", k, config)
+    return _rotate(k, shift_angles("shift_rope", k, shift, config, seq_len), config, 1.0)
+
+
+def shift_angles(
+    fn: str, k: Tensor, shift: int | Tensor | tuple[Tensor, Tensor], config: RopeConfig, seq_len: int | None
+) -> Tensor:
+    """How far `shift_rope` turns each pair: `[1, n]`, `[T, n]` or `[B, T, n]`; float64 of a pair `(from, to)`."""
+    _check_x(fn, k, config)
     if isinstance(shift, tuple):
         if len(shift) != 2:
-            raise ValueError(f"shift_rope: shift must be a number, a tensor or (from, to), got {len(shift)} items")
+            raise ValueError(f"{fn}: shift must be a number, a tensor or (from, to), got {len(shift)} items")
         old, new = (
-            _angles("shift_rope", name, value, k, config, seq_len)
-            for name, value in zip(("from", "to"), shift, strict=True)
+            _angles(fn, name, value, k, config, seq_len) for name, value in zip(("from", "to"), shift, strict=True)
         )
-        return _rotate(k, new.double() - old.double(), config, 1.0)
+        return new.double() - old.double()
     if isinstance(shift, int) and not isinstance(shift, bool):
-        shift = torch.full((k.shape[1],), shift, device=k.device)
-    return _rotate(k, _angles("shift_rope", "shift", shift, k, config, seq_len), config, 1.0)
+        return _products(torch.full((1,), shift, device=k.device), k, config, seq_len)
+    return _angles(fn, "shift", shift, k, config, seq_len)
+
+
+def cos_sin(angles: Tensor, x: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`factor` times the cosines and sines of `angles`, in the dtype that `x` is turned in."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def _rotate(x: Tensor, angles: Tensor, config: RopeConfig, factor: float) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = ((f * factor).to(dtype)[..., None, :] for f in (angles.cos(), angles.sin()))
-    rotary = x[..., : config.dim].to(dtype)
-    if config.interleaved:
-        a, b = rotary.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = rotary.chunk(2, -1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    turned = turned.to(x.dtype)
-    return turned if config.dim == config.head_dim else torch.cat([turned, x[..., config.dim :]], -1)
+    return turn(x, *cos_sin(angles, x, factor), config.interleaved)
 
 
 def _angles(fn: str, name: str, positions: Any, x: Tensor, config: RopeConfig, seq_len: int | None) -> Tensor:
@@ -217,6 +221,10 @@ def _angles(fn: str, name: str, positions: Any, x: Tensor, config: RopeConfig, s
         raise ValueError(f"{fn}: {name} must have shape [{length}] or [{batch}, {length}], got {list(positions.shape)}")
     if positions.device != x.device:
         raise ValueError(f"{fn}: {name} must be on {x.device}, got {positions.device}")
+    return _products(positions, x, config, seq_len)
+
+
+def _products(positions: Tensor, x: Tensor, config: RopeConfig, seq_len: int | None) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     return positions.to(dtype)[..., None] * config.inverse_frequencies(seq_len=seq_len, device=x.device, dtype=dtype)
 

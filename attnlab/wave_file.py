@@ -1,17 +1,15 @@
 """A `WaveIndex` in a file: safetensors with a format version and a checksum, written whole or not at all."""
 
 import contextlib
-import hashlib
-import json
 import os
 import uuid
 from dataclasses import asdict
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import safe_file
 from .kernels.retroinfer.spec import places
 from .wave_config import WaveConfig
 from .wave_reference import steady_positions
@@ -19,7 +17,7 @@ from .wave_reference import steady_positions
 if TYPE_CHECKING:
     from .wave_index import WaveIndex
 
-FORMAT, VERSION = "attnlab.WaveIndex", "2"
+FORMAT = safe_file.Format("attnlab.WaveIndex", "2", "index")
 CLUSTERS, MEMBERS = ("centroids", "value_means", "radius", "steps"), ("tokens", "k", "v")
 
 
@@ -32,12 +30,11 @@ class Rows(NamedTuple):
 
 
 def save(index: "WaveIndex", path: str | os.PathLike[str]) -> None:
-    safetensors = _safetensors()
+    safetensors = safe_file.library()
     rows = Rows(list(index.lengths), list(index.indexed), list(index.clusters))
     tensors = _pack(index, rows)
     facts = {"capacity": index.capacity, "config": asdict(index.config), **rows._asdict()}
-    meta = {"format": FORMAT, "version": VERSION, "index": json.dumps(facts, sort_keys=True)}
-    meta["sha256"] = _digest(tensors, meta)
+    meta = safe_file.metadata(FORMAT, facts, tensors)
     scratch = f"{os.fspath(path)}.{uuid.uuid4().hex}"
     try:
         safetensors.torch.save_file(tensors, scratch, metadata=meta)
@@ -56,14 +53,7 @@ def load(
     device: torch.device | str | None,
     backend: str,
 ) -> "WaveIndex":
-    tensors, meta = _read(path)
-    if meta.get("format") != FORMAT or not {"version", "index", "sha256"} <= meta.keys():
-        raise ValueError(f"WaveIndex.load: {path} is no saved WaveIndex")
-    if meta["version"] != VERSION:
-        raise ValueError(f"WaveIndex.load: {path} has version {meta['version']!r}, this one reads {VERSION!r}")
-    if meta["sha256"] != _digest(tensors, meta):
-        raise ValueError(f"WaveIndex.load: {path} was altered: its checksum does not fit")
-    facts = json.loads(meta["index"])
+    tensors, facts = safe_file.read("WaveIndex.load", path, FORMAT, lambda x: x)
     rows = Rows(*(facts[name] for name in Rows._fields))
     capacity = facts["capacity"] if capacity is None else capacity
     if max(rows.lengths) > capacity:
@@ -113,36 +103,6 @@ def _steady_places(index: "WaveIndex", rows: Rows) -> list[Tensor]:
     return [places(steady_positions(length, indexed, spec, device), spec) for length, indexed in held]
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    safetensors = _safetensors()
-    with open(path, "rb"):  # a missing file is the system's error, not a damaged one
-        pass
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # safetensors' own class, and others for what its header can be made to say
-        raise ValueError(f"WaveIndex.load: {path} is truncated or no safetensors file: {error}") from error
-
-
-def _digest(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
-    """SHA-256 of everything in the file but itself: against damage, not against an author of false files."""
-    found = hashlib.sha256(json.dumps([meta[name] for name in ("format", "version", "index")]).encode())
-    for name in sorted(tensors):
-        x = tensors[name]
-        found.update(f"{name} {x.dtype} {list(x.shape)}".encode())
-        found.update(x.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def _flush(path: str) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("WaveIndex: save and load need safetensors (pip install attnlab[hf])") from error
-    return safetensors

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -10,17 +11,17 @@ from typing import Any
 import torch
 
 from attnlab.evals import bench_cases as bc
-from attnlab.evals import bench_wave, report
+from attnlab.evals import bench_fusion, bench_wave, report
 from attnlab.evals.bench_check import Disagreement, check
 from attnlab.evals.bench_flex import flex_contenders
 from attnlab.evals.measure import Spread, environment, in_child, interleave, ratio, spread
-from attnlab.evals.progress import Progress
 from attnlab.moba_decoding import BACKENDS as DECODERS
+from attnlab.progress import Progress
 
 Row = dict[str, Any]
 LEAST_SAMPLE_S = 0.05
-KINDS = bc.KINDS + bench_wave.KINDS
-PLAIN = ("sdpa", "faiss", "flex dense", "flex same blocks")
+KINDS = bc.KINDS + bench_wave.KINDS + bench_fusion.KINDS
+PLAIN = ("sdpa", "faiss", "flex dense", "flex same blocks", "prefill")
 
 
 class Bench:
@@ -36,6 +37,10 @@ class Bench:
         self.notes = [f"attnlab {name}: skipped, {why}" for name, why in refused.items()]
         self.wave_backends, refused = bench_wave.serving(self.wave_shape, device)
         self.notes += [f"RetroInfer, {name}: skipped, {why}" for name, why in refused.items()]
+        self.fusion_shape = bench_fusion.GPU_SHAPE if gpu else bench_fusion.CPU_SHAPE
+        self.fusion_backends, refused = bench_fusion.serving(self.fusion_shape, device)
+        self.notes += [f"FusionRAG, {name}: skipped, {why}" for name, why in refused.items()]
+        self.stages: list[Row] = []
         self.rows: list[Row] = []
         self.progress = Progress(self._steps())
 
@@ -43,33 +48,40 @@ class Bench:
         """Check, then measure every case. Raises Disagreement before the first timing."""
         kinds = list(dict.fromkeys(case.kind for case in self.cases))
         for case in self._checked():
-            shape = self.wave_shape if case.kind in bench_wave.KINDS else self.shape
             for backend in self._contending(case):
                 self.progress.step(f"check {case} [{backend}]")
-                check(case, shape, self.device, backend)
+                check(case, self._shape(case), self.device, backend)
         for kind in kinds:
             getattr(self, f"_{kind}")([case for case in self.cases if case.kind == kind])
         self.progress.close()
+
+    def _shape(self, case: bc.Case) -> bc.Shape:
+        if case.kind in bench_wave.KINDS:
+            return self.wave_shape
+        return self.fusion_shape if case.kind in bench_fusion.KINDS else self.shape
 
     def _contending(self, case: bc.Case) -> list[str]:
         """The backends timed on a case; what takes minutes, on a CPU, is for the first alone."""
         if case.kind in bench_wave.KINDS:
             return ["portable"] if case.kind == "wave_int8" else self.wave_backends
+        if case.kind in bench_fusion.KINDS:
+            return self.fusion_backends[:1] if case.kind in bench_fusion.RATES else self.fusion_backends
         if case.kind == "decode":
             return [name for name in self.backends if name in DECODERS]
         alone = self.device.type == "cpu" and case.kind in ("flex", "memory", "growth")
         return self.backends[:1] if alone else self.backends
 
     def _checked(self) -> list[bc.Case]:
-        """MoBA's cases, and one of RetroInfer's, whose check is the same for all."""
-        wave = [case for case in self.cases if case.kind in bench_wave.KINDS]
-        return [case for case in self.cases if case not in wave[1:]]
+        """MoBA's cases, and one of those whose check is the same for all."""
+        alike = (bench_wave.KINDS, [k for k in bench_fusion.KINDS if k not in bench_fusion.RATES], bench_fusion.RATES)
+        again = [case for kinds in alike for case in [c for c in self.cases if c.kind in kinds][1:]]
+        return [case for case in self.cases if case not in again]
 
     def record(self) -> dict[str, Any]:
         """Everything a table needs."""
-        shapes = {"shape": str(self.shape), "wave_shape": str(self.wave_shape)}
+        shapes = {"shape": str(self.shape), "wave_shape": str(self.wave_shape), "fusion_shape": str(self.fusion_shape)}
         about = {"environment": environment(self.device), **shapes}
-        return about | {"quick": self.quick, "notes": self.notes, "rows": self.rows}
+        return about | {"quick": self.quick, "notes": self.notes, "rows": self.rows, "stages": self.stages}
 
     def _forward(self, cases: list[bc.Case]) -> None:
         qkv = bc.make_qkv(self.shape, cases[0].length, self.device)
@@ -204,6 +216,43 @@ class Bench:
 
     _wave_int8 = _wave_memory
 
+    def _selective(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            contenders = bench_fusion.contenders(case, self.fusion_shape, self.device, self.fusion_backends)
+            self._speed_rows(case, self._time(contenders, case))
+            if case.kind == "selective":
+                share = bench_fusion.future(case, self.fusion_shape)
+                self.notes.append(
+                    f"{case}: of what a bottom-right mask lets its rows attend, {share:.1%} lies ahead of them"
+                )
+
+    _selective_mask = _selective
+
+    def _selective_memory(self, cases: list[bc.Case]) -> None:
+        for case, name in itertools.product(cases, ("sdpa", *self.fusion_backends)):
+            self.progress.step(f"{case} [{name}]")
+            options = {"shape": vars(self.fusion_shape), "device": str(self.device), "contender": name}
+            peak = in_child("attnlab.evals.bench_fusion:selective_peak", length=case.length, **options)
+            if peak["bytes"] is None:
+                self.notes.append(f"{case} [{name}]: skipped, this system has no high-water mark to read")
+                continue
+            held, share = peak["bytes"] / 2**20, peak["bytes"] / peak["pairs"]
+            target = None if name == "sdpa" else case.target
+            met = None if target is None else share <= target
+            figure = Spread(share, share, share, 1)
+            self.rows.append(_row(case, name, "MiB", Spread(held, held, held, 1), figure, target, met))
+
+    def _ttft(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            for backend in self._contending(case):
+                with bench_fusion.prompts(case.length, bench_fusion.CHUNK, self.device, backend) as made:
+                    contenders, reports = made.contenders(bench_fusion.RATES[case.kind], backend)
+                    self._speed_rows(case, self._time(contenders, case), base="prefill")
+                where = {"kind": case.kind, "length": case.length, "contender": f"attnlab {backend}"}
+                self.stages.append(where | bench_fusion.stages(reports[1:]))
+
+    _ttft_15 = _ttft_0 = _ttft
+
     def _time(self, contenders: bc.Contenders, case: bc.Case, least_s: float = 0.0) -> dict[str, list[float]]:
         def tick(name: str) -> None:
             self.progress.step(f"{case.kind} T={case.length}: {name}")
@@ -231,6 +280,8 @@ class Bench:
                 per_round = 0 if self.quick else 3 + ours
             if case.kind in ("memory", "wave_memory", "wave_int8"):
                 per_round, rounds = ours, 1
+            if case.kind == "selective_memory":
+                per_round, rounds = 1 + ours, 1
             steps += per_round * rounds
         return steps
 
@@ -278,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 when the library and the reference disagree. A missed target is reported, not an error."""
     options = parse(argv)
     device = torch.device(options.device)
-    every = bc.cases(device, options.quick) + bench_wave.cases(device, options.quick)
+    every = [case for part in (bc, bench_wave, bench_fusion) for case in part.cases(device, options.quick)]
     chosen = [case for case in every if case.kind in options.kinds]
     bench = Bench(device, chosen, options.quick, options.repeats)
     try:

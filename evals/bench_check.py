@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import attnlab
-from attnlab.evals import bench_wave
+from attnlab.evals import bench_fusion, bench_wave
 from attnlab.evals.bench_cases import Case, Shape, filled_cache, make_qkv
 from attnlab.testing import assert_accurate, assert_same_routing
 
@@ -25,9 +25,10 @@ def check(case: Case, shape: Shape, device: torch.device, backend: str) -> None:
     against float64 may be twice that of the reference in the inputs' dtype, plus rounding.
     """
     try:
-        if case.kind in bench_wave.KINDS:
-            bench_wave.check(case, shape, device, backend)
-            return
+        for part in (bench_wave, bench_fusion):
+            if case.kind in part.KINDS:
+                part.check(case, shape, device, backend)
+                return
         length = case.block_size * (case.topk + BLOCKS_OVER_TOPK) + case.block_size // 2
         group = shape.heads // shape.kv_heads
         qkv = make_qkv(dataclasses.replace(shape, heads=2 * group, kv_heads=2), length, device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnlab.evals import demo_model, figures, report
 from attnlab.evals.demo_model import Pass, Variant
 from attnlab.evals.measure import environment, ratio, spread
-from attnlab.evals.progress import Progress
+from attnlab.progress import Progress
 
 CAPTION = "Seconds per forward pass against tokens, dense and MoBA, both axes logarithmic"
 DENSE = Variant("SDPA dense")

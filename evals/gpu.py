@@ -79,6 +79,7 @@ def exercise(backend: str) -> None:
             attnlab.merge_states(outs, lses, backend=backend)
             _exercise_decode(k.detach(), v.detach(), q[:, :1].detach())
             _exercise_wave(k.detach(), v.detach(), q[:, :1].detach())
+            _exercise_fusion(k.detach(), v.detach(), q.detach())
     torch.cuda.synchronize()
 
 
@@ -108,6 +109,36 @@ def _exercise_wave(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
             for step in (q, -q, q):
                 attnlab.wave_attention(step, index, buffer=buffer, backend="triton")
             buffer.check()
+
+
+def _exercise_fusion(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
+    """Keys into slots, also turned; many rows and one each over every layout of the keys; what a question sees."""
+    from attnlab.fusionrag import SlotTable, rotate_keys, scatter_kv, selective_attention, token_importance
+    from attnlab.rope import RopeConfig
+
+    (batch, tokens, *head), lengths, triton = k.shape, [333, 70], {"backend": "triton"}
+    table = SlotTable(batch, tokens, 2 * batch * tokens, device=k.device)
+    slots, counts = table.extend(lengths), table.lengths.clone()
+    k_pool, v_pool = k.new_zeros(2, table.slots, *head)
+    scatter_kv(k, v, k_pool, v_pool, slots, **triton)
+    shift, many = torch.arange(tokens, device=k.device).expand(batch, -1), q[:, :101]
+    at = torch.stack([torch.randint(-1, n, (many.shape[1],), device=k.device) for n in lengths])
+    for interleaved in (False, True):
+        rope = RopeConfig(10000.0, head[1], 64, interleaved)
+        rotate_keys(k, (shift, shift + 9), rope, **triton)
+        rotate_keys(k, shift, rope, out=k_pool, slots=slots, **triton)
+        selective_attention(many, k, v, at, lengths=counts, shift=shift, rope=rope, **triton)
+    pages = torch.zeros(2, 3 * batch, 128, *head, dtype=k.dtype, device=k.device)
+    places = torch.arange(3 * batch, dtype=torch.int32, device=k.device).view(batch, 3)
+    scatter_kv(k[:, :101], v[:, :101], k_pool, v_pool, table.own(at), **triton)
+    for rows in (at, counts[:, None] - 1):
+        some = q[:, : rows.shape[1]]
+        selective_attention(some, k, v, rows, lengths=counts, **triton)
+        selective_attention(some, *pages, rows, page_table=places, lengths=counts, **triton)
+        pools = k_pool[:, None], v_pool[:, None]
+        selective_attention(some, *pools, rows, page_table=table.table, lengths=counts, **triton)
+    for normalize in ("chunk", "context"):
+        token_importance([many, -many], [k, -k], [3, 100, 331], q_lengths=[99, 7], normalize=normalize, **triton)
 
 
 def verdicts(rows: Iterable[Row], sanitizers: dict[str, dict[str, str]]) -> list[Row]:

@@ -54,7 +54,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def markdown(record: Record) -> str:
     """The whole record: machine, speed, FlexAttention, memory and growth, RetroInfer's, and what was skipped."""
     parts = [machine(record) + "\n", _speed(record["rows"]), _flex(record["rows"]), _memory(record["rows"])]
-    parts += [_growth(record["rows"]), _wave(record), _wave_growth(record["rows"])]
+    parts += [_growth(record["rows"]), _wave(record), _wave_growth(record["rows"]), _fusion(record), _stages(record)]
     parts.append("".join(f"- {note}\n" for note in record["notes"]))
     return "\n".join(part for part in parts if part)
 
@@ -137,6 +137,42 @@ def _wave(record: Record) -> str:
         lines.append((*where, middle + spread, _goal(row, "<=", "%") if share else _goal(row, ">=")))
     head = (f"RetroInfer: {record.get('wave_shape')}", "tokens", "backend", "measured", "against", "measured")
     return table((*head, "speed-up or share (p20-p80)", "target"), lines) if lines else ""
+
+
+def _fusion(record: Record) -> str:
+    names = {
+        "selective": ("selective attention, 15 % of the rows, ms", "SDPA dense, every row"),
+        "selective_mask": ("selective attention, 15 % of the rows, ms", "SDPA, the same rows, boolean mask"),
+        "selective_memory": ("its peak over inputs, MiB", "a mask of one byte a pair"),
+        "ttft_15": ("time to first token, 15 % recomputed, ms", "full prefill"),
+        "ttft_0": ("time to first token, 0 % recomputed, ms", "full prefill"),
+    }
+    bases = {_case(row): row for row in record["rows"] if row["contender"] in ("sdpa", "prefill")}
+    lines = []
+    for row in record["rows"]:
+        memory = row["kind"] == "selective_memory"
+        if row["kind"] not in names or row["figure"] is None or (row["contender"] == "sdpa" and not memory):
+            continue
+        what, against = names[row["kind"]]
+        if memory:
+            base, figure = f"{row['p50'] / row['figure']:.0f}", f"{row['figure']:.2f}"
+        else:
+            base, figure = _time(bases[_case(row)]), _against(bases[_case(row)], row)[2]
+        goal = _goal(row, "<=" if memory else ">=")
+        lines.append((what, str(row["length"]), row["contender"], _time(row), against, base, figure, goal))
+    head = (f"FusionRAG: {record.get('fusion_shape')}", "tokens", "backend", "measured", "against", "measured")
+    return table((*head, "speed-up (p20-p80) or share", "target"), lines) if lines else ""
+
+
+def _stages(record: Record) -> str:
+    parts = ("load", "compute", "rotate", "select", "recompute", "first_token", "ttft")
+    lines = [
+        (f"{row['recomputed']} of {row['context']}", f"{row['loaded_bytes'] / 2**20:.0f}",
+         *(f"{1e3 * row[part]:.0f}" for part in parts))
+        for row in record.get("stages", ())
+    ]  # fmt: skip
+    head = ("tokens recomputed", "MiB read", *(part.replace("_", " ") + ", ms" for part in parts))
+    return table(head, lines) if lines else ""
 
 
 def _case(row: Row) -> tuple[Any, ...]:

@@ -14,8 +14,8 @@ from torch import Tensor
 import attnlab
 from attnlab.evals import report, wave_data
 from attnlab.evals.measure import Interval, environment, interval
-from attnlab.evals.progress import Progress
 from attnlab.evals.wave_data import Row
+from attnlab.progress import Progress
 
 BUDGETS = (0.005, 0.01, 0.02, 0.04, 0.08)
 METHODS: dict[str, dict[str, Any]] = {

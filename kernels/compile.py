@@ -95,7 +95,7 @@ def _source(job: dict, arch: int) -> tuple[Any, dict, Any]:
 
 def triton_files() -> list[str]:
     """Modules of this package that have a `production`."""
-    files = sorted(f for folder in ("moba", "retroinfer", "states") for f in (HERE / folder).glob("*.py"))
+    files = sorted(f for folder in ("fusionrag", "moba", "retroinfer", "states") for f in (HERE / folder).glob("*.py"))
     return [f"{f.parent.name}.{f.stem}" for f in files if "\ndef production(" in f.read_text()]
 
 

@@ -41,6 +41,50 @@ TABLES: dict[str, Table] = {
         (0, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
         (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
+    "fusionrag.selective": {
+        (80, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        (80, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        (80, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+        (90, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+        (90, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        (90, 256, 2): {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
+        (100, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        (100, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        (100, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
+        (120, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (120, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+        (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+        (0, 64, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        (100, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+    },
+    # BLOCK_P: pairs of columns that are turned at a time; where that is not all of a row, q is read again for each.
+    "fusionrag.turned": {
+        (80, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_P": 32, "num_warps": 8, "num_stages": 2},
+        (80, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
+        (80, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_P": 32, "num_warps": 8, "num_stages": 2},
+        (90, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_P": 32, "num_warps": 8, "num_stages": 3},
+        (90, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
+        (90, 256, 2): {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_P": 128, "num_warps": 8, "num_stages": 3},
+        (100, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_P": 32, "num_warps": 8, "num_stages": 3},
+        (100, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
+        (100, 256, 2): {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_P": 128, "num_warps": 8, "num_stages": 3},
+        (120, 64, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_P": 32, "num_warps": 4, "num_stages": 2},
+        (120, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
+        (120, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_P": 16, "num_warps": 8, "num_stages": 1},
+        (0, 64, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_P": 16, "num_warps": 8, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_P": 16, "num_warps": 8, "num_stages": 1},
+        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_P": 16, "num_warps": 8, "num_stages": 1},
+    },
+    # Few rows for many keys.
+    "fusionrag.few": {
+        (80, 128, 2): {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (80, 256, 2): {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        (0, 128, 2): {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        (0, 256, 2): {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        (0, 256, 4): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+    },
     "states.merge": {
         (0, 64, 2): {"BLOCK_M": 32, "num_warps": 4},
         (0, 128, 4): {"BLOCK_M": 16, "num_warps": 4},
@@ -163,6 +207,28 @@ TABLES: dict[str, Table] = {
     "retroinfer.update": {
         (0, 128, 4): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         (0, 256, 4): {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    },
+    # BLOCK_M rows moved at once.
+    "fusionrag.rotate": {
+        (0, 128, 4): {"BLOCK_M": 32, "num_warps": 4},
+        (0, 256, 4): {"BLOCK_M": 16, "num_warps": 4},
+    },
+    "fusionrag.scatter": {
+        (0, 128, 4): {"BLOCK_M": 32, "num_warps": 4},
+        (0, 256, 4): {"BLOCK_M": 16, "num_warps": 4},
+    },
+    # BLOCK_M rows of a question against BLOCK_N keys.
+    "fusionrag.norm": {
+        (0, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        (0, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        (0, 256, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    },
+    "fusionrag.sum": {
+        (0, 128, 2): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        (0, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        (0, 64, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     },
     "moba.centroids": {
         (0, 128, 4): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3},

@@ -63,12 +63,19 @@ def apply_rope(
     Pair `i` is dimensions `(2i, 2i + 1)` when interleaved, else `(i, i + len(frequencies))`; the rest is left alone.
     """
     angle = positions.to(torch.float64)[..., None] * torch.tensor(frequencies, dtype=torch.float64, device=x.device)
-    turn = torch.polar(torch.full_like(angle, attention_factor), angle)
-    rotary, rest = x.to(torch.float64).split([2 * len(frequencies), x.shape[-1] - 2 * len(frequencies)], -1)
+    return turn(x, angle, attention_factor, interleaved)
+
+
+def turn(x: Tensor, angle: Tensor, attention_factor: float = 1.0, interleaved: bool = False) -> Tensor:
+    """Turn pair `i` of `x [b, t, h, d]` by `angle [t, i]` or `[b, t, i]` radians, in float64."""
+    angle = angle.to(torch.float64)
+    by = torch.polar(torch.full_like(angle, attention_factor), angle)
+    rotary, rest = x.to(torch.float64).split([2 * angle.shape[-1], x.shape[-1] - 2 * angle.shape[-1]], -1)
     pairs = "(p two)" if interleaved else "(two p)"
-    point = torch.view_as_complex(rearrange(rotary, f"b t h {pairs} -> b t h p two", two=2).contiguous())
-    turned = torch.view_as_real(point * (turn[:, None] if turn.ndim == 2 else turn[:, :, None]))
-    return torch.cat([rearrange(turned, f"b t h p two -> b t h {pairs}"), rest], -1).to(x.dtype)
+    point = torch.complex(*rearrange(rotary, f"b t h {pairs} -> two b t h p", two=2))
+    turned = point * (by[:, None] if by.ndim == 2 else by[:, :, None])
+    rotary = rearrange([turned.real, turned.imag], f"two b t h p -> b t h {pairs}")
+    return torch.cat([rotary, rest], -1).to(x.dtype)
 
 
 def shift_rope(x: Tensor, delta: Tensor, frequencies: list[float], interleaved: bool = False) -> Tensor:

@@ -77,6 +77,15 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_CUDA else "cpu")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that more threads cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory):
     """Builds and runs the CUDA C++ kernels on the CPU, each once for all tests."""

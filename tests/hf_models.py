@@ -25,6 +25,7 @@ COMMON = {
 }
 MODELS = {
     "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 9}),

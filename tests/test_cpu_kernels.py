@@ -160,7 +160,7 @@ def test_another_compiler_is_tried(fresh, monkeypatch, tmp_path):
     assert module.missing() == ""
 
 
-@pytest.mark.parametrize("name", ["attend.c", "choose.h", "parallel.h", "simd.h"])
+@pytest.mark.parametrize("name", ["selective.c", "choose.h", "parallel.h", "simd.h", "tiles.h", "turn.h"])
 def test_every_source_counts(fresh, monkeypatch, tmp_path, name):
     """An edited source is compiled anew."""
     copy = tmp_path / "sources"
@@ -225,7 +225,7 @@ def test_a_block_that_does_not_exist_is_an_error():
     p = Problem(CASES["gqa 3"], dtype=torch.float32)
     indices = moba.select(p.q, p.k, *p.cu, p.spec, p.slots)[0]
     indices[30, 2, 1] = 1000
-    with pytest.raises(ValueError, match="a block that does not exist"):
+    with pytest.raises(ValueError, match="a block or page that does not exist"):
         p.forward(indices)
 
 

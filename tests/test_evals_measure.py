@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import attnlab
-from attnlab.evals import bench, bench_cases, bench_check, bench_flex, bench_wave, measure, readme, report
-from attnlab.evals.progress import Progress
+from attnlab.evals import bench, bench_cases, bench_check, bench_flex, bench_fusion, bench_wave, measure, readme, report
+from attnlab.progress import Progress
 
 CPU = torch.device("cpu")
 SMALL = bench_cases.Shape(2, 1, 16, "float32")
@@ -91,6 +91,18 @@ def test_progress_redraws_one_line_on_a_terminal():
     progress.step("first")
     progress.close()
     assert stream.getvalue().count("\r") == 2 and stream.getvalue().count("\n") == 1
+    assert "left" not in stream.getvalue()  # neither before the first step is done nor at the end
+
+
+def test_progress_says_how_much_time_is_left(monkeypatch):
+    now, stream = [100.0], io.StringIO()
+    monkeypatch.setattr("attnlab.progress.time.monotonic", lambda: now[0])
+    stream.isatty = lambda: True
+    progress = Progress(4, stream)
+    for what in ("first", "second"):
+        progress.step(what)
+        now[0] += 20
+    assert stream.getvalue().endswith("25%    20 s  60 s left  second\x1b[K")
 
 
 @pytest.mark.parametrize("kind", ["forward", "training", "decode"])
@@ -137,7 +149,8 @@ def test_bench_reports_no_speed_when_results_are_wrong(monkeypatch, tmp_path, ca
 def test_bench_writes_a_record_of_every_kind(monkeypatch, tmp_path, capsys):
     few = [bench_cases.Case(kind, 256, 16, 3, target=1e9, repeats=1) for kind in bench_cases.KINDS if kind != "flex"]
     monkeypatch.setattr(bench_cases, "cases", lambda device, quick: few)
-    monkeypatch.setattr(bench_wave, "cases", lambda device, quick: [])
+    for others in (bench_wave, bench_fusion):
+        monkeypatch.setattr(others, "cases", lambda device, quick: [])
     monkeypatch.setattr(bench_cases, "CPU_SHAPE", SMALL)
     assert bench.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
     record = json.loads((tmp_path / "bench-cpu.json").read_text())

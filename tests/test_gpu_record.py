@@ -89,3 +89,28 @@ def test_sanitizers_see_an_update_and_caches_that_make_room(
     gpu._exercise_wave(x.k, x.v, x.q)
     assert all(old < new for old, new in zip(*growth, strict=True))
     assert all(min(s.hits, s.misses, s.evictions) > 0 for s in seen.values()) and list(seen) == ["clock", "lru"]
+
+
+def test_sanitizers_see_every_kernel_of_fusionrag(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched, and in which modes; `make gpu` runs it."""
+    pytest.importorskip("triton")
+    from attnlab.kernels.fusionrag import importance, rotate, scatter, selective
+
+    seen: dict[str, list[dict]] = {}
+
+    def stand_in(name: str) -> object:
+        launch = lambda *_, **constants: seen.setdefault(name, []).append(constants)
+        return type("Kernel", (), {"__getitem__": lambda self, grid: launch})()
+
+    for module in (importance, rotate, scatter, selective):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, stand_in(name))
+    merges, real = [], selective.merge
+    monkeypatch.setattr(selective, "merge", lambda *x: (merges.append(1), real(*x))[1])
+    x = attnlab.testing.gaussian(2, 333, 333, 4, 2, 80, dtype=torch.float16, device=device)
+    gpu._exercise_fusion(x.k, x.v, x.q)
+    assert seen.keys() == {"selective_kernel", "rotate_kernel", "scatter_kernel", "norm_kernel", "sum_kernel"}
+    modes = {(c["LAYOUT"], c["ROTARY"] > 0, c["SORTED"]) for c in seen["selective_kernel"]}
+    assert modes == {("rows", True, True), *((x, False, many) for x in ("rows", "pages", "slots") for many in (0, 1))}
+    assert merges and {c["INTERLEAVED"] for c in seen["rotate_kernel"]} == {False, True}
+    assert {c["PER_CHUNK"] for c in seen["sum_kernel"]} == {False, True}

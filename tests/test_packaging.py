@@ -34,7 +34,9 @@ modules = [
     for f in files if f.endswith(".py")
 ]
 missing = [m for m in modules if importlib.util.find_spec(m) is None]
-for name in ("attnlab.rope", "attnlab.kernels.moba.spec", "attnlab.reference.moba", "attnlab.evals.measure"):
+for name in (
+    "attnlab.rope", "attnlab.fusionrag", "attnlab.kernels.moba.spec", "attnlab.reference.moba", "attnlab.evals.measure"
+):
     importlib.import_module(name)
 from importlib import resources
 data = json.loads(resources.files("attnlab.kernels").joinpath("verified.json").read_text())
@@ -155,4 +157,4 @@ def test_wheel_is_pure_and_carries_its_licence(wheel: Path) -> None:
         fields = archive.read(metadata).decode()
     assert "License-Expression: Apache-2.0" in fields
     extras = set(re.findall(r"^Provides-Extra: (.+)$", fields, re.MULTILINE))
-    assert extras == {"cuda", "triton", "flash", "faiss-cpu", "faiss-gpu", "hf", "evals", "notebooks", "test"}
+    assert extras == {"cuda", "triton", "flash", "faiss-cpu", "faiss-gpu", "hf", "embed", "evals", "notebooks", "test"}

@@ -97,6 +97,19 @@ def test_accuracy_in_other_dtypes(name, dtype, kernel, monkeypatch):
         assert_accurate(got, truth[i], plain[i], roundings=(2, 2, 4, 4, 4, 8)[i], what=f"result {i}")
 
 
+@pytest.mark.parametrize("kernel", ["flash", "explicit"])
+@pytest.mark.parametrize("name", ["gqa 3", "Tq<Tk", "not causal", "window, Tq<Tk"])
+def test_negative_scale_and_gaps_between_elements(name, kernel, monkeypatch):
+    if kernel == "explicit":
+        monkeypatch.setattr(portable, "uses_cpu_kernel", lambda x: False)
+    p = Problem(CASES[name])
+    p.scale *= -1
+    want = p.expected()
+    p.q, p.k, p.v, p.dout = (torch.stack([x, x * math.nan], -1)[..., 0] for x in (p.q, p.k, p.v, p.dout))
+    for got, truth in zip(p.run(), want, strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10)
+
+
 def test_huge_scores_and_nan_rows():
     p = Problem(CASES["Tq<Tk"], dtype=torch.float32)
     p.q *= 1e4

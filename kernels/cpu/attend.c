@@ -4,10 +4,7 @@
 // the slots, chunks or threads are, and results repeat bit for bit. A value that is not finite may reach queries of its
 // tile that are before it.
 #include "parallel.h"
-#include "simd.h"
-
-enum { TILE = 8 * ROWS, KEYS = 512 };  // queries and keys of one tile of scores
-enum { SCORES = KEYS + LANES };        // row length of the scores: rows must not meet in the same cache sets
+#include "tiles.h"
 
 struct Attend {
     const void *q, *k, *v;
@@ -21,39 +18,21 @@ struct Attend {
 // and one of these heads; a choice is a query and a chooser, and stands for `width` rows.
 struct Item {
     int64_t seq, head, begin, end, group, choosers, width, before;
-    int64_t packed;                      // columns of the packed keys
-    float *values, *top, *sum;           // [rows, padded], [rows], [rows]: the running softmax
-    float *keys, *block;                 // packed keys and values of the tile at hand
-    float *queries, *scores, *products;  // [TILE, dim], [TILE, SCORES], [TILE, padded]
-    int32_t *choices, *ends;             // choices by block, and where each block's end
+    struct Tiles tiles;
+    int32_t *choices, *ends;  // choices by block, and where each block's end
 };
 
-static int64_t padded(const struct Attend *c) { return ceil_div(c->dim, LANES) * LANES; }
-
-// Keys transposed and values as they are, in panels of WIDTH columns; what fills up the last panel is zero.
 static void pack_tile(const struct Attend *c, struct Item *it, int64_t key, int64_t count)
 {
-    int64_t start = c->cu_k[it->seq] + key, dim = c->dim;
-    it->packed = ceil_div(count, LANES) * LANES;
-    for (int64_t at = 0; at < count; at += WIDTH) {
-        int64_t width = least(WIDTH, it->packed - at), live = least(width, count - at);
-        float *panel = it->keys + at * dim;
-        for (int64_t j = 0; j < width; j++) {
-            const float *from = NULL;
-            if (j < live)
-                from = read_row(it->products, c->k, (start + at + j) * c->k_row + it->head * c->k_head, dim, c->type);
-            for (int64_t d = 0; d < dim; d++)
-                panel[d * width + j] = from ? from[d] : 0.0f;
-        }
+    int64_t start = c->cu_k[it->seq] + key;
+    struct Tiles *t = &it->tiles;
+    t->packed = ceil_div(count, LANES) * LANES;
+    for (int64_t j = 0; j < t->packed; j++) {
+        int64_t at = (start + j) * c->k_row + it->head * c->k_head;
+        pack_key(t, j, j < count ? read_row(t->products, c->k, at, c->dim, c->type) : NULL);
     }
-    for (int64_t at = 0; at < dim; at += WIDTH) {
-        int64_t width = least(WIDTH, ceil_div(dim - at, LANES) * LANES), live = least(width, dim - at);
-        float *panel = it->block + at * KEYS;
-        for (int64_t i = 0; i < count; i++, panel += width) {
-            read_scaled(panel, c->v, (start + i) * c->v_row + it->head * c->v_head + at, live, c->type, 1.0f);
-            memset(panel + live, 0, (width - live) * sizeof *panel);
-        }
-    }
+    for (int64_t j = 0; j < count; j++)
+        pack_value(t, j, c->v, (start + j) * c->v_row + it->head * c->v_head, c->type);
 }
 
 INLINE int64_t query_at(const struct Attend *c, const struct Item *it, int64_t row)
@@ -63,30 +42,13 @@ INLINE int64_t query_at(const struct Attend *c, const struct Item *it, int64_t r
 }
 
 // Rows `rows[i]` attend the first `live[i]` keys of the packed tile.
-static void attend_tile(const struct Attend *c, const struct Item *it, const int64_t *rows, const int64_t *live,
+static void attend_rows(const struct Attend *c, const struct Item *it, const int64_t *rows, const int64_t *live,
                         int64_t count)
 {
-    int64_t dim = c->dim, pad = padded(c), keys = 0;
-    float kept[TILE];
-    for (int64_t i = 0; i < count; i++) {
-        read_scaled(it->queries + i * dim, c->q, query_at(c, it, rows[i]), dim, c->type, c->scale);
-        fetch(it->values + rows[i] * pad, pad * sizeof(float));
-        keys = most(keys, live[i]);
-    }
-    int64_t columns = least(ceil_div(keys, WIDTH) * WIDTH, it->packed);  // whole panels
-    product(count, columns / LANES, it->queries, dim, it->keys, dim, dim, it->scores, SCORES);
-    for (int64_t i = 0; i < count; i++) {
-        float *scores = it->scores + i * SCORES;
-        for (int64_t j = live[i]; j < columns; j++)
-            scores[j] = -INFINITY;
-        kept[i] = weigh(scores, columns, it->top + rows[i], it->sum + rows[i]);
-    }
-    product(count, pad / LANES, it->scores, SCORES, it->block, KEYS, keys, it->products, pad);
-    for (int64_t i = 0; i < count; i++) {
-        float *to = it->values + rows[i] * pad, *from = it->products + i * pad;
-        for (int64_t d = 0; d < pad; d += LANES)
-            store(to + d, load(to + d) * kept[i] + load(from + d));
-    }
+    const struct Tiles *t = &it->tiles;
+    for (int64_t i = 0; i < count; i++)
+        read_scaled(t->queries + i * c->dim, c->q, query_at(c, it, rows[i]), c->dim, c->type, c->scale);
+    attend_tile(t, t->queries, rows, live, count);
 }
 
 // The choices of block `block`, tile by tile.
@@ -104,7 +66,7 @@ static void attend_choices(const struct Attend *c, const struct Item *it, int64_
             fetch((const char *)c->q + query_at(c, it, next[i]) * element, c->dim * element);
         }
         if (ready)
-            attend_tile(c, it, rows, live, ready);
+            attend_rows(c, it, rows, live, ready);
         int64_t *swap = rows;
         rows = next, next = swap, ready = n;
     }
@@ -122,7 +84,7 @@ static void attend_own(const struct Attend *c, const struct Item *it, int64_t ke
             rows[i] = first + i;
             live[i] = least(keys, it->before + it->begin + rows[i] / it->group - key + 1);
         }
-        attend_tile(c, it, rows, live, n);
+        attend_rows(c, it, rows, live, n);
     }
 }
 
@@ -156,14 +118,10 @@ static int sort_choices(const struct Attend *c, const struct Item *it, int64_t b
 
 static void finish(const struct Attend *c, const struct Item *it)
 {
-    int64_t pad = padded(c);
     for (int64_t row = 0; row < (it->end - it->begin) * it->group; row++) {
         int64_t token = c->cu_q[it->seq] + it->begin + row / it->group;
         int64_t at = token * c->hq + it->head * it->group + row % it->group;
-        float sum = it->sum[row], share = sum == 0.0f ? 0.0f : 1.0f / sum;
-        for (int64_t d = 0; d < c->dim; d++)
-            c->out[at * c->dim + d] = it->values[row * pad + d] * share;
-        c->lse[at] = it->top[row] + logf(sum);
+        finish_row(&it->tiles, row, c->out + at * c->dim, c->lse + at);
     }
 }
 
@@ -175,27 +133,13 @@ static int attend_item(const void *call, int64_t number)
     int64_t nq = c->cu_q[seq + 1] - c->cu_q[seq], nk = c->cu_k[seq + 1] - c->cu_k[seq], block = c->block;
     it.seq = seq, it.width = it.group / it.choosers, it.before = nk - nq;
     it.begin = (chunk - c->chunks[seq]) * c->chunk, it.end = least(it.begin + c->chunk, nq);
-    int64_t rows = (it.end - it.begin) * it.group, blocks = ceil_div(nk, block), pad = padded(c);
-    int64_t panels = ceil_div(c->dim, WIDTH) * WIDTH;
-    int64_t sizes[] = {rows * pad, 2 * rows, KEYS * c->dim, KEYS * panels, TILE * c->dim, TILE * SCORES, TILE * pad};
-    int64_t total = 0, ints = rows / it.width * (c->slots - c->own) + blocks + 1;
-    for (int i = 0; i < 7; i++)
-        total += sizes[i];
-    float *room = malloc(total * sizeof *room);
-    int32_t *lists = malloc(ints * sizeof *lists);
-    if (!room || !lists) {
-        free(room);
+    int64_t rows = (it.end - it.begin) * it.group, blocks = ceil_div(nk, block);
+    int32_t *lists = malloc((rows / it.width * (c->slots - c->own) + blocks + 1) * sizeof *lists);
+    if (!lists || !open_tiles(&it.tiles, rows, c->dim)) {
         free(lists);
         return NO_MEMORY;
     }
-    float **parts[] = {&it.values, &it.top, &it.keys, &it.block, &it.queries, &it.scores, &it.products};
-    float *next = room;
-    for (int i = 0; i < 7; next += sizes[i++])
-        *parts[i] = next;
-    it.sum = it.top + rows, it.ends = lists, it.choices = lists + blocks + 1;
-    memset(it.values, 0, rows * pad * sizeof *it.values);
-    for (int64_t i = 0; i < rows; i++)
-        it.top[i] = -INFINITY, it.sum[i] = 0.0f;
+    it.ends = lists, it.choices = lists + blocks + 1;
     int failed = sort_choices(c, &it, blocks);
     for (int64_t b = 0; !failed && b < blocks; b++) {
         int64_t start = b * block, end = least(start + block, nk);
@@ -212,7 +156,7 @@ static int attend_item(const void *call, int64_t number)
     }
     if (!failed)
         finish(c, &it);
-    free(room);
+    free(it.tiles.values);
     free(lists);
     return failed;
 }

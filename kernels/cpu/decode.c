@@ -21,18 +21,6 @@ struct Decode {
     int64_t slots, width, part;  // width: query heads of a chooser; part: floats of one partial softmax
 };
 
-INLINE float dot(const float *a, const float *b, int64_t dim)
-{
-    Vec sum = {0};
-    int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES)
-        sum += load(a + d) * load(b + d);
-    float rest = 0.0f;
-    for (; d < dim; d++)
-        rest += a[d] * b[d];
-    return sum_of(sum) + rest;
-}
-
 // One chooser's slots: own | sink | local | picks, as kernels/moba/spec.py says.
 static int choose_item(const void *call, int64_t item)
 {

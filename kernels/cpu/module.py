@@ -56,7 +56,7 @@ def call(name: str, *arguments: Argument) -> None:
     if failed == NO_MEMORY:
         raise MemoryError(f"the C kernel {name!r} could not allocate its working memory")
     if failed == BAD_INDEX:
-        raise ValueError(f"the C kernel {name!r} was given a block that does not exist")
+        raise ValueError(f"the C kernel {name!r} was given a block or page that does not exist")
 
 
 @functools.cache

@@ -33,6 +33,7 @@
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 
 enum { FLOAT, BRAIN, HALF };  // element types of what is read; kernels/cpu/module.py has the same order
 
@@ -90,7 +91,7 @@ INLINE Vec exp_of(Vec x)
     p = p * r + 1.66665770e-1f;
     p = p * r + 0.5f;
     p = p * (r * r) + r + 1.0f;
-    Vec found = (Vec)((Int)p + ((Int)shifted << 23));
+    Vec found = (Vec)((Bits)p + ((Bits)shifted << 23));
     found = pick(x < -87.3f, (Vec){0}, found);
     return pick(x == x, found, x);
 }
@@ -116,6 +117,18 @@ INLINE float weigh(float *scores, int64_t count, float *top, float *sum)
     *top = now;
     *sum = *sum * kept + sum_of(total);
     return kept;
+}
+
+INLINE float dot(const float *a, const float *b, int64_t dim)
+{
+    Vec sum = {0};
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES)
+        sum += load(a + d) * load(b + d);
+    float rest = 0.0f;
+    for (; d < dim; d++)
+        rest += a[d] * b[d];
+    return sum_of(sum) + rest;
 }
 
 // Bit i: lane i of x is not at most `bound`. A NaN on either side sets it.
@@ -226,9 +239,10 @@ INLINE void strip(const int vectors, int64_t rows, const float *a, int64_t lda, 
 }
 
 // c [rows, vectors * LANES] = a [rows, depth] b, with b in panels: WIDTH columns (the last one fewer) of all its rows.
-// `stride` rows lie between the panels of b.
-static __attribute__((unused)) void product(int64_t rows, int64_t vectors, const float *a, int64_t lda, const float *b,
-                                            int64_t stride, int64_t depth, float *c, int64_t ldc)
+// `stride` rows lie between the panels of b. Inlined, its tiles would run out of registers for addresses.
+static __attribute__((noinline, unused)) void product(int64_t rows, int64_t vectors, const float *a, int64_t lda,
+                                                      const float *b, int64_t stride, int64_t depth, float *c,
+                                                      int64_t ldc)
 {
     for (int64_t at = 0; at < vectors; at += VECTORS, b += stride * WIDTH, c += WIDTH) {
         switch (least(vectors - at, VECTORS)) {

@@ -97,11 +97,14 @@ def _tiles(x: Tensor) -> dict[str, int]:
     return configs.get("states.merge", arch(x), block_d, x.element_size()) | {"BLOCK_D": block_d}
 
 
-def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """`outs [N, M, D]`, `lses [N, M]` float32 -> `out [M, D]`, `lse [M]`. An lse of -inf or +inf means no keys."""
+def merge(outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """`outs [N, M, D]`, `lses [N, M]` float32 -> `out [M, D]`, `lse [M]`. An lse of -inf or +inf means no keys.
+
+    `out` is of `dtype`, by default that of `outs`.
+    """
     outs = _rows_last(outs)
     shards, rows, d = outs.shape
-    out = torch.empty(rows, d, dtype=outs.dtype, device=outs.device)
+    out = torch.empty(rows, d, dtype=dtype or outs.dtype, device=outs.device)
     lse = torch.empty(rows, dtype=torch.float32, device=outs.device)
     if rows:
         tiles = _tiles(outs)

@@ -40,6 +40,7 @@ def flash(
 ) -> tuple[Tensor, Tensor]:
     """State of `q [b, h, n, d]` over `k, v [b, h, m, d]`, heads expanded. lse [b, h, n] float32 (float64)."""
     if uses_cpu_kernel(q):
+        q, k, v, scale = _for_cpu_kernel(q, k, v, scale)
         mask = None if mask is None else mask[None, None]
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
@@ -85,8 +86,15 @@ def flash_backward(
     return dq, dk, dv
 
 
+def _for_cpu_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """It takes the last dimension to be dense, and scales the scores after it has masked them with -inf."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return (q, k, v, scale) if scale >= 0 else (-q, k, v, -scale)
+
+
 def _flash_backward_cpu(dout, dlse, q, k, v, out, lse, causal, scale, mask):
-    d = q.shape[-1]
+    d, negative = q.shape[-1], scale < 0
+    q, k, v, scale = _for_cpu_kernel(q, k, v, scale)
     if dlse is not None:
         # The kernel derives delta = sum(dout * out) itself; a further column turns it into delta - dlse.
         q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
@@ -96,7 +104,8 @@ def _flash_backward_cpu(dout, dlse, q, k, v, out, lse, causal, scale, mask):
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
-    return tuple(g[..., :d] for g in grads)
+    dq, dk, dv = (g[..., :d] for g in grads)
+    return -dq if negative else dq, dk, dv
 
 
 def _row_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:

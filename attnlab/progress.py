@@ -8,7 +8,7 @@ WIDTH = 24
 
 
 class Progress:
-    """Counts steps up to `total`; `step(what)` says what starts now."""
+    """Counts steps up to `total`; `step(what)` says what starts now. On a terminal it says how much time is left."""
 
     def __init__(self, total: int, stream: TextIO | None = None, every_s: float = 5.0):
         self.total, self.done, self.every_s = max(total, 1), 0, every_s
@@ -33,11 +33,12 @@ class Progress:
 
     def _write(self, what: str, now: float) -> None:
         self.last = now
-        share = min(self.done / self.total, 1.0)
-        text = f"{share:4.0%} {now - self.start:5.0f} s  {what}"
+        share, spent = min(self.done / self.total, 1.0), now - self.start
+        text = f"{share:4.0%} {spent:5.0f} s  "
         if self.live:
             bar = "#" * round(WIDTH * share)
-            self.stream.write(f"\r[{bar:<{WIDTH}}] {text}\x1b[K")
+            left = f"{spent * (1 / share - 1):.0f} s left  " if 0 < share < 1 else ""
+            self.stream.write(f"\r[{bar:<{WIDTH}}] {text}{left}{what}\x1b[K")
         else:
-            self.stream.write(text + "\n")
+            self.stream.write(f"{text}{what}\n")
         self.stream.flush()
