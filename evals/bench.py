@@ -3,6 +3,7 @@
 import argparse
 import functools
 import itertools
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -303,11 +304,35 @@ def _row(
     return row | {"figure_p20": low, "figure": middle, "figure_p80": high, "target": target, "met": met}
 
 
+def updated(old: dict[str, Any], new: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """`old` with the rows, stages and notes of `kinds` from `new`, and a note of when and where those were taken.
+
+    Raises ValueError where the two are not of one machine, or not of the same shapes.
+    """
+    same = ("cpu", "gpu", "threads", "python", "versions")
+    for name in same:
+        if old["environment"][name] != new["environment"][name]:
+            was, now = old["environment"][name], new["environment"][name]
+            raise ValueError(f"updated: the record's {name} must be this run's {now!r}, got {was!r}")
+    for name in ("shape", "wave_shape", "fusion_shape", "quick"):
+        if old[name] != new[name]:
+            raise ValueError(f"updated: the record's {name} must be this run's {new[name]!r}, got {old[name]!r}")
+    parts = {}
+    for name in ("rows", "stages"):
+        parts[name] = sorted(
+            [row for row in old[name] if row["kind"] not in kinds] + new[name], key=lambda row: KINDS.index(row["kind"])
+        )
+    about = new["environment"]
+    when = f"{', '.join(kinds)}: measured anew on {about['date']}, commit {about['commit']}"
+    return old | parts | {"notes": [*dict.fromkeys([*old["notes"], *new["notes"], when])]}
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small lengths, seconds, no targets, no FlexAttention")
     parser.add_argument("--only", help="comma-separated kinds out of: " + ", ".join(KINDS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench"), help="folder for the record")
+    parser.add_argument("--update", type=pathlib.Path, metavar="RECORD", help="a record whose other kinds are kept")
     parser.add_argument("--repeats", type=int, help="rounds per case instead of each case's own number")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(argv)
@@ -316,6 +341,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.kinds = KINDS if options.only is None else tuple(options.only.split(","))
     if unknown := [kind for kind in options.kinds if kind not in KINDS]:
         parser.error(f"--only knows {', '.join(KINDS)}, got {', '.join(map(repr, unknown))}")
+    if options.update is not None and not options.update.is_file():
+        parser.error(f"--update must be the JSON of a record, {options.update} is no file")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available")
     if options.out.exists() and not options.out.is_dir():
@@ -338,6 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nbench: no speed is reported, results are wrong: {e}", file=sys.stderr)
         return 1
     record = bench.record()
+    if options.update:
+        record = updated(json.loads(options.update.read_text(encoding="utf-8")), record, options.kinds)
     print(report.markdown(record))
     for path in report.write(record, options.out, f"bench-{report.slug(record)}"):
         print(f"wrote {path}")

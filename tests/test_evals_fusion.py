@@ -151,3 +151,34 @@ def test_cases_have_their_kinds(device):
     full, quick = (bench_fusion.cases(torch.device(device), q) for q in (False, True))
     assert {case.kind for case in quick} == {case.kind for case in full} == set(bench_fusion.KINDS)
     assert all((case.target is None) == (device == "cuda") for case in full)
+
+
+def test_some_kinds_anew(monkeypatch, tmp_path, capsys):
+    def timed(seconds):
+        return lambda contenders, repeats, **options: {name: [seconds] * repeats for name in contenders}
+
+    few = [bench_cases.Case(kind, 256, target=1.0, repeats=1) for kind in ("selective", "selective_mask")]
+    monkeypatch.setattr(bench_fusion, "cases", lambda device, quick: few)
+    monkeypatch.setattr(bench_fusion, "CPU_SHAPE", SMALL)
+    monkeypatch.setattr(bench_fusion, "BACKENDS", ("portable",))
+    monkeypatch.setattr(bench, "interleave", timed(2.0))
+    options = ["--out", str(tmp_path), "--device", "cpu", "--only"]
+    bench.main([*options, "selective,selective_mask"])
+    path = tmp_path / "bench-cpu.json"
+    old = json.loads(path.read_text())
+    monkeypatch.setattr(bench, "interleave", timed(3.0))
+    bench.main([*options, "selective", "--update", str(path)])
+    new = json.loads(path.read_text())
+    assert [(row["kind"], row["p50"]) for row in new["rows"]] == [
+        ("selective", 3000.0), ("selective", 3000.0), ("selective_mask", 2000.0), ("selective_mask", 2000.0)
+    ]  # fmt: skip
+    assert new["notes"][: len(old["notes"])] == old["notes"] and new["notes"][-1].startswith("selective: measured anew")
+    assert new["environment"] == old["environment"]
+    other = old | {"environment": old["environment"] | {"threads": 99}}
+    with pytest.raises(ValueError, match="threads must be this run's"):
+        bench.updated(other, new, ["selective"])
+    with pytest.raises(ValueError, match="fusion_shape must be this run's"):
+        bench.updated(old | {"fusion_shape": "another"}, new, ["selective"])
+    with pytest.raises(SystemExit):
+        bench.main([*options, "selective", "--update", str(tmp_path / "none.json")])
+    assert "--update must be the JSON of a record" in capsys.readouterr().err

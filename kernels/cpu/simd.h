@@ -54,6 +54,18 @@ INLINE Vec splat(float x) { return x - (Vec){0}; }
 
 INLINE Vec pick(Int mask, Vec yes, Vec no) { return (Vec)((mask & (Int)yes) | (~mask & (Int)no)); }
 
+// Of a NaN and a number the second.
+INLINE Vec larger(Vec x, Vec y)
+{
+#if LANES == 16
+    return (Vec)_mm512_max_ps((__m512)x, (__m512)y);
+#elif LANES == 8
+    return (Vec)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+    return pick(x > y, x, y);
+#endif
+}
+
 INLINE float sum_of(Vec x)
 {
     float lane[LANES];
@@ -78,12 +90,17 @@ INLINE float max_of(Vec x)
     return lane[0];
 }
 
-// e^x for x <= 0, a rounding or so off; 0 below the smallest normal number, NaN for NaN. x = n ln 2 + r, and e^r by a
+// e^x for x <= 0, a rounding or so off; 0 far below the smallest normal number, NaN for NaN. x = n ln 2 + r, and e^r by a
 // polynomial fitted at Chebyshev's points.
 INLINE Vec exp_of(Vec x)
 {
+#if LANES == 16
+    x = larger((Vec){0} - 200.0f, x);  // a NaN stays
+    Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
     const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     Vec shifted = x * 1.44269504f + round, n = shifted - round;
+#endif
     Vec r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     Vec p = r * 1.3926176e-3f + 8.3631731e-3f;
@@ -91,21 +108,28 @@ INLINE Vec exp_of(Vec x)
     p = p * r + 1.66665770e-1f;
     p = p * r + 0.5f;
     p = p * (r * r) + r + 1.0f;
+#if LANES == 16
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     Vec found = (Vec)((Bits)p + ((Bits)shifted << 23));
     found = pick(x < -87.3f, (Vec){0}, found);
     return pick(x == x, found, x);
+#endif
 }
 
 // `count` scores, a multiple of LANES, join the softmax with maximum `*top` and sum `*sum`: they become weights against
 // the new maximum. Returns what the weights so far are worth against it.
 INLINE float weigh(float *scores, int64_t count, float *top, float *sum)
 {
-    Vec best = load(scores), total = {0};
-    for (int64_t i = LANES; i < count; i += LANES) {
-        Vec x = load(scores + i);
-        best = pick(x > best, x, best);
+    Vec best = load(scores), others = best, total = {0};  // two chains: each step waits for the one before it
+    int64_t at = LANES;
+    for (; at + LANES < count; at += 2 * LANES) {
+        best = larger(load(scores + at), best);
+        others = larger(load(scores + at + LANES), others);
     }
-    float old = *top, now = max_of(best);
+    if (at < count)
+        best = larger(load(scores + at), best);
+    float old = *top, now = max_of(larger(others, best));
     now = now > old ? now : old;
     float base = now == -INFINITY ? 0.0f : now;
     for (int64_t i = 0; i < count; i += LANES) {
