@@ -63,7 +63,7 @@ def _wave(path: pathlib.Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="readme", description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="run benchmark, demo and wave_quality first, 12 minutes")
+    parser.add_argument("--measure", action="store_true", help="run benchmark, demo and wave_quality first, 20 minutes")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if README.md is out of date")
     options = parser.parse_args(argv)
     if not README.exists():
