@@ -72,8 +72,8 @@ def random(request: Request) -> Tensor:
 def oracle(request: Request) -> Tensor:
     """The question's true attention times how far the stale keys and values are from the true ones, over all layers.
 
-    Knows what no cache can: it costs a full prefill, the very thing that reuse avoids, and is there to bound the
-    others from above.
+    Knows what no cache can: it costs a full prefill, the very thing that reuse avoids. Something to measure the others
+    against, and no strict bound: it ranks tokens one by one, and their errors depend on each other.
     """
     batch = request.batch
     score = torch.zeros(batch.context.shape, device=batch.context.device)
