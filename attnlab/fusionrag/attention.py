@@ -21,7 +21,7 @@ from ..dispatch import (
     reference_reasons,
     triton_reasons,
 )
-from ..kernels.fusionrag.spec import Keys
+from ..kernels.fusionrag.spec import Keys, request_of
 from ..packs import Pack, capturing, check_values, pack, remember, unchanged, without_autocast
 from ..reference import fusionrag as reference
 from ..rope import DynamicScaling, RopeConfig
@@ -276,9 +276,7 @@ def _bottom_right(positions: Tensor, cu_q: Tensor, lengths: Tensor) -> Tensor:
     """Where a causal mask aligned with the last key takes the rows of each request to be; -1 stays -1."""
     real = positions >= 0
     before = F.pad(real.cumsum(0), (1, 0))
-    request = torch.searchsorted(
-        cu_q[1:], torch.arange(len(positions), device=cu_q.device, dtype=cu_q.dtype), right=True
-    )
+    request = request_of(cu_q, len(positions))
     last = before[cu_q[1:].long()][request]
     return torch.where(real, before[:-1] - last + lengths[request], -1).clamp(min=-1)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..fusionrag.spec import Keys, sort_rows
-from .module import ELEMENTS, call
+from ..moba.spec import cdiv
+from .module import ELEMENTS, call, dense
 
 FEW_ROWS = 6  # rows (queries times heads of a group) that read keys where they lie: packing them costs more
 SPLIT_ROWS = 512  # requests of at most so many rows are split by keys, else by rows
@@ -22,7 +23,7 @@ ITEMS = 8  # of each thread, the longest first, so that none waits long for anot
 
 def forward(q: Tensor, keys: Keys, positions: Tensor, cu_q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """out [Nq, Hq, D] in q's dtype and lse [Nq, Hq] float32. Raises ValueError where a page or a key does not exist."""
-    q, k, v = _dense(q), _dense(keys.k), _dense(keys.v)
+    q, k, v = dense(q), dense(keys.k), dense(keys.v)
     (nq, hq, dim), hkv, threads = q.shape, k.shape[-2], torch.get_num_threads()
     out, lse = torch.empty(q.shape, dtype=torch.float32), torch.empty(nq, hq, dtype=torch.float32)
     if not nq:
@@ -73,11 +74,3 @@ def _span(splits: list[tuple[int, int]], hq: int, dim: int) -> int:
     while sum(rows * cdiv(n, span) for rows, n in splits if n > span) > most:
         span *= 2
     return span
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

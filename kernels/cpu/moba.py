@@ -10,7 +10,7 @@ from ..moba.decode_portable import place, reach
 from ..moba.portable import backward
 from ..moba.spec import Slots, Spec, cdiv
 from ..states.portable import add_sinks
-from .module import ELEMENTS, call
+from .module import ELEMENTS, call, dense
 
 __all__ = ["backward", "decode", "forward", "select"]
 
@@ -25,7 +25,7 @@ def select(
     q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, spec: Spec, nslots: Slots, want_scores: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks of every query, int32 [Nq, Hr, slots], and, if wanted, their float32 scores."""
-    q, k, cu_q, cu_k = _dense(q), _dense(k), cu_q.contiguous(), cu_k.contiguous()
+    q, k, cu_q, cu_k = dense(q), dense(k), cu_q.contiguous(), cu_k.contiguous()
     (nq, hq, dim), hkv = q.shape, k.shape[1]
     hr, sequences, threads = hkv if spec.group else hq, len(cu_q) - 1, torch.get_num_threads()
     indices = torch.empty(nq, hr, nslots.total, dtype=torch.int32)
@@ -56,7 +56,7 @@ def forward(
     nslots: Slots,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [Nq, Hq, D] in q's dtype, lse [Nq, Hq] float32, and the indices."""
-    q, k, v, indices, cu_q, cu_k = _dense(q), _dense(k), _dense(v), *(x.contiguous() for x in (indices, cu_q, cu_k))
+    q, k, v, indices, cu_q, cu_k = dense(q), dense(k), dense(v), *(x.contiguous() for x in (indices, cu_q, cu_k))
     (nq, hq, dim), hkv, threads = q.shape, k.shape[1], torch.get_num_threads()
     out, lse = torch.empty(q.shape, dtype=torch.float32), torch.empty(nq, hq, dtype=torch.float32)
     chunk = _chunk(q, hkv, indices, spec, threads)
@@ -92,7 +92,7 @@ def decode(
     live, _ = reach(sums, lengths, spec, nslots)
     step = max(1, PART_BYTES // (4 * hq * live.total * (dim + 2)))
     for part in (slice(i, min(i + step, width)) for i in range(0, width, step)):
-        some, count = _dense(q[part]), part.stop - part.start
+        some, count = dense(q[part]), part.stop - part.start
         chosen = torch.empty(count, hr, live.total, dtype=torch.int32)
         parts = torch.empty(count * hq * live.total, dim + 2, dtype=torch.float32)
         call(
@@ -118,7 +118,3 @@ def _chunk(q: Tensor, hkv: int, indices: Tensor, spec: Spec, threads: int) -> in
 def _offsets(counts: Tensor) -> Tensor:
     """int32 [n + 1] exclusive prefix sums."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -40,6 +40,11 @@ def missing() -> str:
     return ""
 
 
+def dense(x: Tensor) -> Tensor:
+    """`x` with the elements of its last dimension next to each other, as the kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def call(name: str, *arguments: Argument) -> None:
     """Run function `name`: tensors go as pointers, None as null, ints as 64-bit, floats as doubles.
 

@@ -23,8 +23,12 @@ class Keys(NamedTuple):
     interleaved: bool = False
 
 
+def request_of(cu_q: Tensor, rows: int) -> Tensor:
+    """int64 `[rows]`: the request each row of a pack belongs to."""
+    return torch.searchsorted(cu_q[1:], torch.arange(rows, dtype=cu_q.dtype, device=cu_q.device), right=True)
+
+
 def sort_rows(positions: Tensor, cu_q: Tensor) -> Tensor:
     """int32 `[Nq]`: the rows, request by request, by rising position; equal ones stay in order. Asks no device."""
-    rows = torch.arange(len(positions), dtype=torch.int32, device=positions.device)
-    request = torch.searchsorted(cu_q[1:], rows, right=True)
+    request = request_of(cu_q, len(positions))
     return torch.argsort((request << 32) + positions, stable=True).to(torch.int32)
