@@ -70,6 +70,22 @@ def triton_reasons(call: Call) -> list[str]:
     reasons = missing("triton", "triton")
     if not reasons and call.device.type != "cuda" and not _interpreting():
         reasons.append(f"tensors are on {call.device.type}, Triton needs cuda")
+    return reasons + _gpu_reasons(call)
+
+
+def cuda_reasons(call: Call) -> list[str]:
+    """Of CUDA C++ stages between Triton ones."""
+    return cuda_alone_reasons(call) + missing("triton", "triton")
+
+
+def cuda_alone_reasons(call: Call) -> list[str]:
+    """Of CUDA C++ kernels that need no Triton."""
+    reasons = [] if call.device.type == "cuda" else [f"tensors are on {call.device.type}, CUDA kernels need cuda"]
+    return reasons + missing("cuda.core", "cuda") + _gpu_reasons(call)
+
+
+def _gpu_reasons(call: Call) -> list[str]:
+    reasons = []
     if call.device.type == "cuda" and torch.cuda.get_device_capability(call.device) < (8, 0):
         reasons.append("needs compute capability 8.0 or later")
     if call.dtype not in KERNEL_DTYPES:
@@ -77,11 +93,6 @@ def triton_reasons(call: Call) -> list[str]:
     if call.head_dim > MAX_HEAD_DIM:
         reasons.append(f"head size {call.head_dim} is over {MAX_HEAD_DIM}")
     return reasons
-
-
-def cuda_reasons(call: Call) -> list[str]:
-    reasons = [] if call.device.type == "cuda" else [f"tensors are on {call.device.type}, CUDA kernels need cuda"]
-    return reasons + missing("cuda.core", "cuda") + [r for r in triton_reasons(call) if not r.startswith("tensors are")]
 
 
 Reasons = Callable[[Call], list[str]]
@@ -202,9 +213,14 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_qkv(fn: str, q: Tensor, k: Tensor, v: Tensor | None = None, *, paged: bool = False) -> None:
-    """Ranks, shapes, dtypes, devices of `q [B, Tq, Hq, D]`, `k, v [B, Tk, Hkv, D]`; paged: `[pages, size, Hkv, D]`."""
-    named = [("q", q), ("k", k)] + ([("v", v)] if v is not None else [])
+def check_qkv(
+    fn: str, q: Tensor, k: Tensor, v: Tensor | None = None, *, paged: bool = False, kv: tuple[str, str] = ("k", "v")
+) -> None:
+    """Ranks, shapes, dtypes, devices of `q [B, Tq, Hq, D]`, `k, v [B, Tk, Hkv, D]`; paged: `[pages, size, Hkv, D]`.
+
+    `kv` are the names that keys and values have in messages.
+    """
+    named = [("q", q), (kv[0], k)] + ([(kv[1], v)] if v is not None else [])
     for name, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(f"{fn}: {name} must be a Tensor, got {type(x).__name__}")
@@ -226,9 +242,9 @@ def check_qkv(fn: str, q: Tensor, k: Tensor, v: Tensor | None = None, *, paged: 
                 f"{fn}: {name} must have at least one head and a head size of at least 1, got {list(x.shape)}"
             )
     if v is not None and v.shape != k.shape:
-        raise ValueError(f"{fn}: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+        raise ValueError(f"{fn}: {kv[1]} must have {kv[0]}'s shape {list(k.shape)}, got {list(v.shape)}")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{fn}: q's heads must be a multiple of k's heads {k.shape[2]}, got {q.shape[2]}")
+        raise ValueError(f"{fn}: q's heads must be a multiple of {kv[0]}'s heads {k.shape[2]}, got {q.shape[2]}")
 
 
 def check_int(fn: str, name: str, value: Any, least: int) -> None:
@@ -244,6 +260,19 @@ def check_ints(fn: str, name: str, values: Any) -> list[int]:
         came = f"a {values.dtype} tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else repr(values)
         raise TypeError(f"{fn}: {name} must be a sequence of ints or an integer tensor of one dimension, got {came}")
     return list(found)
+
+
+def check_integers(
+    fn: str, name: str, x: Any, q: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> None:
+    """An integer tensor of one of `dtypes` and of `shape`, on q's device."""
+    kinds = " or ".join(_short(dtype) for dtype in dtypes)
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
+        raise TypeError(f"{fn}: {name} must be an {kinds} Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.shape != shape:
+        raise ValueError(f"{fn}: {name} must have shape {list(shape)}, got {list(x.shape)}")
+    if x.device != q.device:
+        raise ValueError(f"{fn}: {name} must be on q's device {q.device}, got {x.device}")
 
 
 def check_bool(fn: str, name: str, value: Any) -> None:

@@ -21,11 +21,11 @@ from .dispatch import (
     reference_reasons,
     triton_reasons,
 )
+from .full import fake_gradients, full_attention
 from .kernels.moba.spec import Spec, cdiv, slots
 from .moba_selection import MoBASelection, check_choices, check_selection
 from .packs import check_values, pack, without_autocast
 from .reference import moba as reference
-from .states import fake_gradients, full_attention
 
 BACKENDS: dict[str, Reasons] = {
     "cuda": cuda_reasons,

@@ -68,6 +68,15 @@ def check_values(fn: str, cu_q: Tensor, cu_k: Tensor, nq: int, nk: int, causal: 
     remember(cu_q, (cu_k,), facts)
 
 
+def check_pages(fn: str, table: Tensor, lengths: Tensor, pages: int, size: int) -> None:
+    """The entries of `table [B, N]` that rows of `lengths [B]` keys use name pages that exist."""
+    used = torch.arange(table.shape[1], device=table.device) * size < lengths[:, None]
+    wrong = used & ((table < 0) | (table >= pages))
+    if bool(wrong.any()):
+        b, n = divmod(int(wrong.flatten().int().argmax()), table.shape[1])
+        raise ValueError(f"{fn}: page_table[{b}, {n}] must be in 0..{pages - 1}, got {int(table[b, n])}")
+
+
 def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attnlab.evals import bench_cases as bc
-from attnlab.evals import bench_fusion, bench_wave, report
+from attnlab.evals import bench_fusion, bench_lamina, bench_wave, report
 from attnlab.evals.bench_check import Disagreement, check
 from attnlab.evals.bench_flex import flex_contenders
 from attnlab.evals.measure import Spread, environment, in_child, interleave, ratio, spread
@@ -21,8 +21,10 @@ from attnlab.progress import Progress
 
 Row = dict[str, Any]
 LEAST_SAMPLE_S = 0.05
-KINDS = bc.KINDS + bench_wave.KINDS + bench_fusion.KINDS
-PLAIN = ("sdpa", "faiss", "flex dense", "flex same blocks", "prefill")
+PARTS = (bc, bench_wave, bench_fusion, bench_lamina)
+KINDS = tuple(kind for part in PARTS for kind in part.KINDS)
+SHAPES = ("shape", "wave_shape", "fusion_shape", "lamina_shape")
+PLAIN = ("sdpa", "faiss", "flex dense", "flex same blocks", "prefill", "one call", "copy", "one process")
 
 
 class Bench:
@@ -30,20 +32,22 @@ class Bench:
 
     def __init__(self, device: torch.device, cases: list[bc.Case], quick: bool, repeats: int | None):
         self.device, self.quick, self.repeats = device, quick, repeats
-        gpu = device.type == "cuda"
-        self.shape = bc.GPU_SHAPE if gpu else bc.CPU_SHAPE
-        self.wave_shape = bench_wave.GPU_SHAPE if gpu else bench_wave.CPU_SHAPE
         self.cases = cases
-        self.backends, refused = bc.serving(self.shape, device)
-        self.notes = [f"attnlab {name}: skipped, {why}" for name, why in refused.items()]
-        self.wave_backends, refused = bench_wave.serving(self.wave_shape, device)
-        self.notes += [f"RetroInfer, {name}: skipped, {why}" for name, why in refused.items()]
-        self.fusion_shape = bench_fusion.GPU_SHAPE if gpu else bench_fusion.CPU_SHAPE
-        self.fusion_backends, refused = bench_fusion.serving(self.fusion_shape, device)
-        self.notes += [f"FusionRAG, {name}: skipped, {why}" for name, why in refused.items()]
+        self.notes: list[str] = []
+        self.shape, self.backends = self._serving(bc, "attnlab ")
+        self.wave_shape, self.wave_backends = self._serving(bench_wave, "RetroInfer, ")
+        self.fusion_shape, self.fusion_backends = self._serving(bench_fusion, "FusionRAG, ")
+        self.lamina_shape, self.lamina_backends = self._serving(bench_lamina, "Lamina, ")
         self.stages: list[Row] = []
         self.rows: list[Row] = []
         self.progress = Progress(self._steps())
+
+    def _serving(self, part: Any, title: str) -> tuple[bc.Shape, Any]:
+        """A part's shape on this device and the backends that can be timed; the others are noted."""
+        shape = part.GPU_SHAPE if self.device.type == "cuda" else part.CPU_SHAPE
+        found, refused = part.serving(shape, self.device)
+        self.notes += [f"{title}{name}: skipped, {why}" for name, why in refused.items()]
+        return shape, found
 
     def run(self) -> None:
         """Check, then measure every case. Raises Disagreement before the first timing."""
@@ -59,6 +63,8 @@ class Bench:
     def _shape(self, case: bc.Case) -> bc.Shape:
         if case.kind in bench_wave.KINDS:
             return self.wave_shape
+        if case.kind in bench_lamina.KINDS:
+            return self.lamina_shape
         return self.fusion_shape if case.kind in bench_fusion.KINDS else self.shape
 
     def _contending(self, case: bc.Case) -> list[str]:
@@ -67,6 +73,8 @@ class Bench:
             return ["portable"] if case.kind == "wave_int8" else self.wave_backends
         if case.kind in bench_fusion.KINDS:
             return self.fusion_backends[:1] if case.kind in bench_fusion.RATES else self.fusion_backends
+        if case.kind in bench_lamina.KINDS:
+            return self.lamina_backends[case.kind]
         if case.kind == "decode":
             return [name for name in self.backends if name in DECODERS]
         alone = self.device.type == "cpu" and case.kind in ("flex", "memory", "growth")
@@ -75,13 +83,15 @@ class Bench:
     def _checked(self) -> list[bc.Case]:
         """MoBA's cases, and one of those whose check is the same for all."""
         alike = (bench_wave.KINDS, [k for k in bench_fusion.KINDS if k not in bench_fusion.RATES], bench_fusion.RATES)
+        alike += tuple([kind] for kind in bench_lamina.KINDS)
         again = [case for kinds in alike for case in [c for c in self.cases if c.kind in kinds][1:]]
         return [case for case in self.cases if case not in again]
 
     def record(self) -> dict[str, Any]:
         """Everything a table needs."""
-        shapes = {"shape": str(self.shape), "wave_shape": str(self.wave_shape), "fusion_shape": str(self.fusion_shape)}
-        about = {"environment": environment(self.device), **shapes}
+        about = {"environment": environment(self.device)}
+        about |= {name: str(getattr(self, name)) for name in SHAPES}
+        about["kv_bytes"] = bench_lamina.kv_bytes(self.lamina_shape)
         return about | {"quick": self.quick, "notes": self.notes, "rows": self.rows, "stages": self.stages}
 
     def _forward(self, cases: list[bc.Case]) -> None:
@@ -254,6 +264,22 @@ class Bench:
 
     _ttft_15 = _ttft_0 = _ttft
 
+    def _lamina(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            contenders = bench_lamina.contenders(case, self.lamina_shape, self.device, self._contending(case))
+            samples = self._time(contenders, case, LEAST_SAMPLE_S)
+            self._speed_rows(case, samples, base=bench_lamina.BASES[case.kind])
+
+    _split_decode = _split_decode_mha = _split_head = _split_sequence = _merge_states = _lamina
+
+    def _lamina_decode(self, cases: list[bc.Case]) -> None:
+        for case in cases:
+            self.progress.step(str(case))
+            found = bench_lamina.two_processes(bench_lamina.REQUESTS, case.length, self.repeats or case.repeats)
+            samples = {name: found.pop(name) for name in ("one process", bench_lamina.TWO)}
+            self._speed_rows(case, samples, base="one process")
+            self.stages.append({"kind": case.kind, "length": case.length} | found)
+
     def _time(self, contenders: bc.Contenders, case: bc.Case, least_s: float = 0.0) -> dict[str, list[float]]:
         def tick(name: str) -> None:
             self.progress.step(f"{case.kind} T={case.length}: {name}")
@@ -283,6 +309,8 @@ class Bench:
                 per_round, rounds = ours, 1
             if case.kind == "selective_memory":
                 per_round, rounds = 1 + ours, 1
+            if case.kind == "lamina_decode":
+                per_round, rounds = 1, 1
             steps += per_round * rounds
         return steps
 
@@ -314,7 +342,8 @@ def updated(old: dict[str, Any], new: dict[str, Any], kinds: Sequence[str]) -> d
         if old["environment"][name] != new["environment"][name]:
             was, now = old["environment"][name], new["environment"][name]
             raise ValueError(f"updated: the record's {name} must be this run's {now!r}, got {was!r}")
-    for name in ("shape", "wave_shape", "fusion_shape", "quick"):
+    old = {name: new[name] for name in ("lamina_shape", "kv_bytes")} | old  # older records have neither
+    for name in (*SHAPES, "kv_bytes", "quick"):
         if old[name] != new[name]:
             raise ValueError(f"updated: the record's {name} must be this run's {new[name]!r}, got {old[name]!r}")
     parts = {}
@@ -356,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 when the library and the reference disagree. A missed target is reported, not an error."""
     options = parse(argv)
     device = torch.device(options.device)
-    every = [case for part in (bc, bench_wave, bench_fusion) for case in part.cases(device, options.quick)]
+    every = [case for part in PARTS for case in part.cases(device, options.quick)]
     chosen = [case for case in every if case.kind in options.kinds]
     bench = Bench(device, chosen, options.quick, options.repeats)
     try:

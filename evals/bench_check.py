@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import attnlab
-from attnlab.evals import bench_fusion, bench_wave
+from attnlab.evals import bench_fusion, bench_lamina, bench_wave
 from attnlab.evals.bench_cases import Case, Shape, filled_cache, make_qkv
 from attnlab.testing import assert_accurate, assert_same_routing
 
@@ -25,7 +25,7 @@ def check(case: Case, shape: Shape, device: torch.device, backend: str) -> None:
     against float64 may be twice that of the reference in the inputs' dtype, plus rounding.
     """
     try:
-        for part in (bench_wave, bench_fusion):
+        for part in (bench_wave, bench_fusion, bench_lamina):
             if case.kind in part.KINDS:
                 part.check(case, shape, device, backend)
                 return

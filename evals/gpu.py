@@ -69,18 +69,34 @@ def exercise(backend: str) -> None:
         k, v = (torch.randn(2, 333, 2, 80, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
         sparse = attnlab.moba_attention(q, k, v, block_size=48, topk=3, routing=routing, backend=backend)
         sparse.float().square().sum().backward()
+        _exercise_states(dtype, backend)
         if backend == "triton":
             dense = attnlab.full_attention(q, k, v, backend=backend)
             dense.float().square().sum().backward()
-            outs, lses = (
-                torch.randn(3, 1, 50, 4, 80, device="cuda", dtype=dtype),
-                torch.randn(3, 1, 50, 4, device="cuda"),
-            )
-            attnlab.merge_states(outs, lses, backend=backend)
             _exercise_decode(k.detach(), v.detach(), q[:, :1].detach())
             _exercise_wave(k.detach(), v.detach(), q[:, :1].detach())
             _exercise_fusion(k.detach(), v.detach(), q.detach())
+            _exercise_lamina(k.detach(), v.detach(), q.detach())
     torch.cuda.synchronize()
+
+
+def _exercise_states(dtype: torch.dtype, backend: str) -> None:
+    """Few states a row, and so many that threads share one; sizes with and without 16-byte units; a token in place."""
+    import attnlab
+
+    wide = torch.randn(40, 2, 9, 4, 97, device="cuda", dtype=dtype)
+    lses, indptr = torch.randn(40, 2, 9, 4, device="cuda"), torch.tensor([0, 3, 3, 40], device="cuda")
+    narrow = torch.cuda.get_device_capability() >= (8, 9)
+    for d in (97, 80):
+        outs = wide[..., :d].contiguous()
+        for n in (2, 40):
+            state = attnlab.merge_states(outs[:n], lses[:n], lse_base="2", lse_scale=0.5, backend=backend)
+            attnlab.merge_states(outs[:n], lses[:n], out=(outs[1], lses[1]), backend=backend)
+        attnlab.merge_states(outs, lses, indptr=indptr, out_dtype=torch.float32, backend=backend)
+        if narrow:
+            attnlab.merge_states(outs, lses, out_dtype=torch.float8_e4m3fn, out_scale=0.1, backend=backend)
+        k, v = outs[5, :, :, :2], outs[6, :, :, 2:]
+        attnlab.append_token(state, outs[7], k, v, out=state, backend=backend)
 
 
 def _exercise_decode(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
@@ -139,6 +155,24 @@ def _exercise_fusion(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
         selective_attention(some, *pools, rows, page_table=table.table, lengths=counts, **triton)
     for normalize in ("chunk", "context"):
         token_importance([many, -many], [k, -k], [3, 100, 331], q_lengths=[99, 7], normalize=normalize, **triton)
+
+
+def _exercise_lamina(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
+    """Few and many queries over every layout of the keys, whole and shared out, with and without a prefix."""
+    from attnlab.lamina import shared_prefix_decode, split_decode
+
+    lengths = torch.tensor([333, 70], dtype=torch.int32, device=k.device)
+    for page in (None, 1, 128):
+        cache, options = (k, v), {"lengths": lengths, "backend": "triton"}
+        if page is not None:
+            wide = -(-k.shape[1] // page)
+            cache = tuple(x.new_zeros(2 * wide, page, *x.shape[2:]) for x in (k, v))
+            table = torch.arange(2 * wide, dtype=torch.int32, device=k.device).flip(0).view(2, wide)
+            options["page_table"] = table
+        for tokens in (1, 7, 101):
+            for splits in (None, 1, 5):
+                split_decode(q[:, :tokens], *cache, splits=splits, **options)
+                shared_prefix_decode(q[:, :tokens], k[0, :77], v[0, :77], *cache, splits=splits, **options)
 
 
 def verdicts(rows: Iterable[Row], sanitizers: dict[str, dict[str, str]]) -> list[Row]:

@@ -55,6 +55,7 @@ def markdown(record: Record) -> str:
     """The whole record: machine, speed, FlexAttention, memory and growth, RetroInfer's, and what was skipped."""
     parts = [machine(record) + "\n", _speed(record["rows"]), _flex(record["rows"]), _memory(record["rows"])]
     parts += [_growth(record["rows"]), _wave(record), _wave_growth(record["rows"]), _fusion(record), _stages(record)]
+    parts += [_lamina(record), _decoding(record)]
     parts.append("".join(f"- {note}\n" for note in record["notes"]))
     return "\n".join(part for part in parts if part)
 
@@ -170,8 +171,43 @@ def _stages(record: Record) -> str:
         (f"{row['recomputed']} of {row['context']}", f"{row['loaded_bytes'] / 2**20:.0f}",
          *(f"{1e3 * row[part]:.0f}" for part in parts))
         for row in record.get("stages", ())
+        if "recomputed" in row
     ]  # fmt: skip
     head = ("tokens recomputed", "MiB read", *(part.replace("_", " ") + ", ms" for part in parts))
+    return table(head, lines) if lines else ""
+
+
+def _lamina(record: Record) -> str:
+    names = {
+        "split_decode": ("split decode, 1 token, ms", "SDPA dense", "sdpa"),
+        "split_decode_mha": ("the same, a KV head each, ms", "SDPA dense", "sdpa"),
+        "split_head": ("8 shards of heads, joined, ms", "one call", "one call"),
+        "split_sequence": ("8 shards of tokens, merged, ms", "one call", "one call"),
+        "merge_states": ("merge of 8 states, ms", "a copy that moves as many bytes", "copy"),
+        "lamina_decode": ("30M Llama, attention apart, ms", "transformers, one process", "one process"),
+    }
+    bases = {(_case(row), row["contender"]): row for row in record["rows"] if row["kind"] in names}
+    lines = []
+    for row in record["rows"]:
+        if row["kind"] in names and row["figure"] is not None:
+            what, against, base = names[row["kind"]]
+            length = f"{row['length']} MiB" if row["kind"] == "merge_states" else str(row["length"])
+            taken, ours, figure = _against(bases[_case(row), base], row, digits=2)
+            lines.append((what, length, row["contender"], ours, against, taken, figure, _goal(row, ">=")))
+    head = (f"Lamina: {record.get('lamina_shape')}", "tokens", "backend", "measured", "against", "measured")
+    return table((*head, "speed-up (p20-p80)", "target"), lines) if lines else ""
+
+
+def _decoding(record: Record) -> str:
+    lines = []
+    for row in record.get("stages", ()):
+        if row["kind"] != "lamina_decode":
+            continue
+        share, over = f"{row['communication']:.0%}", row["bytes"] / row["formula"]
+        within = "met" if abs(over - 1) <= 0.01 else "missed"
+        sent = f"{row['bytes']:.0f}, {over:.3f} times (2 + 2/G) e d L"
+        lines.append((f"{row['tokens']}", f"{row['tokens'] / row['seconds']:.0f}", share, sent, f"within 1%: {within}"))
+    head = ("two processes: tokens", "tokens/s", "time without computing", "bytes sent per token", "target")
     return table(head, lines) if lines else ""
 
 
@@ -188,8 +224,9 @@ def _time(row: Row) -> str:
     return f"{row['p50']:.{digits}f}"
 
 
-def _against(dense: Row, row: Row) -> tuple[str, str, str]:
-    return _time(dense), _time(row), f"{row['figure']:.1f}x ({row['figure_p20']:.1f}-{row['figure_p80']:.1f})"
+def _against(dense: Row, row: Row, digits: int = 1) -> tuple[str, str, str]:
+    middle, low, high = (f"{row[key]:.{digits}f}" for key in ("figure", "figure_p20", "figure_p80"))
+    return _time(dense), _time(row), f"{middle}x ({low}-{high})"
 
 
 def _goal(row: Row, relation: str, unit: str = "") -> str:

@@ -35,8 +35,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from . import cache, configs
-from .cuda import module
+from .cuda import module, states
 
 HERE = Path(__file__).parent
 STATIC_RESERVED = 1 << 10  # the driver's part of shared memory, which cuobjdump counts on sm_90 and later
@@ -95,7 +97,9 @@ def _source(job: dict, arch: int) -> tuple[Any, dict, Any]:
 
 def triton_files() -> list[str]:
     """Modules of this package that have a `production`."""
-    files = sorted(f for folder in ("fusionrag", "moba", "retroinfer", "states") for f in (HERE / folder).glob("*.py"))
+    files = sorted(
+        f for folder in ("fusionrag", "lamina", "moba", "retroinfer", "states") for f in (HERE / folder).glob("*.py")
+    )
     return [f"{f.parent.name}.{f.stem}" for f in files if "\ndef production(" in f.read_text()]
 
 
@@ -117,14 +121,26 @@ def triton_jobs(file: str, archs: list[int], dims: list[int], dtypes: list[str])
 
 
 def cuda_jobs(archs: list[int], dtypes: list[str]) -> Iterator[Job]:
-    """One build serves all head sizes; only the gate reads q, so only it has a build per dtype."""
+    """One build serves all head sizes; a build per dtype where elements are read, and per dtype of merged states."""
     for arch in archs:
         depth = tuple(configs.get("cuda.gate", arch, 256, 4).items())
         builds = [("gate.cu", t, (("ELEMENT", CUDA_NAMES[t]), *depth)) for t in dtypes]
         threads = (("THREADS", configs.get("cuda.buffer", arch, 1, 1)["THREADS"]),)
+        builds += [("states.cu", name, defines) for name, defines in _states_builds(arch, dtypes)]
         for file, dtype, defines in [*builds, ("layout.cu", "i32", ()), ("buffer.cu", "bytes", threads)]:
             key = _digest((HERE / "cuda" / file).read_text(), defines, arch, module.missing() or module.versions())
             yield Job(f"cuda.{file[:-3]}", file, arch, 256, dtype, defines, key)
+
+
+def _states_builds(arch: int, dtypes: list[str]) -> Iterator[tuple[str, module.Defines]]:
+    """Results in the dtype of the states, in float32 and in 8 bits, in whole units; and element by element."""
+    row, torch_types = configs.get("cuda.states", arch, 256, 4), {v: k for k, v in states.ELEMENTS.items()}
+    for name in dtypes:
+        dtype = torch_types[CUDA_NAMES[name]]
+        results = {name: dtype, "fp32": torch.float32} | ({"fp8": torch.float8_e4m3fn} if arch >= 89 else {})
+        for result, to in results.items():
+            for unit in (states.widest(dtype, to), 1):
+                yield f"{name}->{result}/{unit}", states.defines((dtype, dtype, to), unit, row)
 
 
 def build(job: Job) -> Built:

@@ -24,6 +24,10 @@ TABLES: dict[str, Table] = {
     "cuda.buffer": {
         (0, 256, 4): {"THREADS": 256, "BLOCKS": 1024},
     },
+    # BYTES a thread has under way at once; FILL: threads from which on rows are not shared, they fill the GPU.
+    "cuda.states": {
+        (0, 256, 4): {"THREADS": 128, "BYTES": 64, "FILL": 65536},
+    },
     "states.forward": {
         (80, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
         (80, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
@@ -85,10 +89,42 @@ TABLES: dict[str, Table] = {
         (0, 256, 2): {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         (0, 256, 4): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
+    # Few rows for many keys. BLOCK_M is the most, here and in `lamina.many`: a tile is no higher than its rows ask for.
+    "lamina.few": {
+        (100, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (120, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+        (0, 128, 2): {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        (0, 256, 2): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        (0, 128, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+    },
+    # Many rows, such as those that share a prefix.
+    "lamina.many": {
+        (80, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        (80, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
+        (80, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+        (90, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+        (90, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        (90, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
+        (100, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        (100, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        (100, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
+        (120, 64, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        (120, 128, 2): {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+        (120, 256, 2): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+        (0, 64, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        (100, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        (0, 128, 4): {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        (0, 256, 4): {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+    },
+    # BLOCK_M rows times the shards of a row that are read together; 16 bytes a thread.
     "states.merge": {
-        (0, 64, 2): {"BLOCK_M": 32, "num_warps": 4},
-        (0, 128, 4): {"BLOCK_M": 16, "num_warps": 4},
-        (0, 256, 4): {"BLOCK_M": 8, "num_warps": 4},
+        (0, 64, 2): {"BLOCK_M": 16, "num_warps": 4},
+        (0, 128, 2): {"BLOCK_M": 8, "num_warps": 4},
+        (0, 256, 2): {"BLOCK_M": 4, "num_warps": 4},
+        (0, 64, 4): {"BLOCK_M": 16, "num_warps": 8},
+        (0, 128, 4): {"BLOCK_M": 8, "num_warps": 8},
+        (0, 256, 4): {"BLOCK_M": 4, "num_warps": 8},
     },
     "states.dkv": {
         (80, 64, 2): {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -74,13 +75,56 @@ def full_attention(
     return masked_attention(q, k, v, mask, scale, sinks)
 
 
-def merge_states(outs: Tensor, lses: Tensor) -> State:
-    """Merge `outs [n, ..., d]`, `lses [n, ...]` into the state over all their keys together."""
+def merge_states(
+    outs: Tensor,
+    lses: Tensor,
+    *,
+    indptr: Tensor | None = None,
+    base2: bool = False,
+    factors: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
+) -> State:
+    """Merge `outs [n, ..., d]`, `lses [n, ...]` into the state over all their keys together.
+
+    With `indptr [r + 1]` one state for each run of entries, `[r, ..., d]`. `factors [n]` multiply the lses. 8-bit
+    results are divided by `out_scale` and clamped to the largest number there is.
+    """
+    out_dtype = out_dtype or outs.dtype
     lses = lses.masked_fill(lses == math.inf, -math.inf)
-    outs = outs.masked_fill((lses == -math.inf)[..., None], 0.0)
+    if factors is not None:
+        factors = rearrange(factors, "n -> n" + " 1" * (lses.ndim - 1))
+        lses = torch.where(lses == -math.inf, lses, lses * factors)
+    outs = outs.to(accumulation_dtype(outs))
+    unit = math.log(2) if base2 else 1.0
+    cuts = [0, len(outs)] if indptr is None else indptr.tolist()
+    states = [_merge(outs[a:b], lses[a:b] * unit) for a, b in pairwise(cuts)]
+    if not states:
+        return outs.new_zeros(outs.shape, dtype=out_dtype), lses.new_zeros(lses.shape)
+    out, lse = (torch.stack(x) for x in zip(*states, strict=True))
+    if out_scale is not None:
+        limit = torch.finfo(out_dtype).max
+        out = (out / out_scale).clamp(-limit, limit)
+    out, lse = out.to(out_dtype), lse / unit
+    return (out[0], lse[0]) if indptr is None else (out, lse)
+
+
+def _merge(outs: Tensor, lses: Tensor) -> State:
     empty = (lses == -math.inf).all(0, keepdim=True)
     safe = lses.masked_fill(empty, 0.0)
     weights = safe.softmax(0).masked_fill(empty, 0.0)
-    lse = safe.logsumexp(0, keepdim=True).masked_fill(empty, -math.inf)
-    out = einsum(weights.to(accumulation_dtype(outs)), outs.to(accumulation_dtype(outs)), "n ..., n ... d -> ... d")
-    return out.to(outs.dtype), lse[0]
+    outs = outs.masked_fill((weights == 0)[..., None], 0.0)
+    lse = safe.logsumexp(0, keepdim=True) if len(safe) else safe.new_zeros(empty.shape)
+    return einsum(weights, outs, "n ..., n ... d -> ... d"), lse.masked_fill(empty, -math.inf)[0]
+
+
+def append_token(
+    out: Tensor, lse: Tensor, q: Tensor, k_new: Tensor, v_new: Tensor, scale: float, base2: bool = False
+) -> State:
+    """Each query's own new key, `k_new, v_new [b, t, g, d]`, joins its state `out [b, t, h, d]`, `lse [b, t, h]`."""
+    dtype = accumulation_dtype(q)
+    group = q.shape[2] // k_new.shape[2]
+    k, v = (repeat(x.to(dtype), "b t g d -> b t (g r) d", r=group) for x in (k_new, v_new))
+    score = einsum(q.to(dtype), k, "b t h d, b t h d -> b t h") * scale
+    outs, lses = torch.stack([out.to(dtype), v]), torch.stack([lse, score / math.log(2) if base2 else score])
+    return merge_states(outs, lses, base2=base2, out_dtype=out.dtype)

@@ -5,6 +5,7 @@ Importing this file must happen before `triton` is: the interpreter is chosen wh
 
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 
@@ -84,6 +85,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def narrow_builds(tmp_path_factory: pytest.TempPathFactory):
+    return tmp_path_factory.mktemp("narrow")
+
+
+@pytest.fixture(params=["x86-64", "x86-64-v3"])
+def narrower(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, narrow_builds) -> Iterator[None]:
+    """C kernels for targets with narrower vectors, each built once for all tests."""
+    from attnlab.kernels.cpu import module
+
+    if shutil.which("cc") is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("no C compiler, or this processor does not run the target")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(narrow_builds))
+    monkeypatch.setattr(module, "NATIVE", (f"-march={request.param}",))
+    module._library.cache_clear()
+    yield
+    module._library.cache_clear()
 
 
 @pytest.fixture(scope="session")

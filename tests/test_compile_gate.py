@@ -40,9 +40,16 @@ def test_production_kernels_keep_to_their_limits(archs, dims, dtype, tmp_path):
     built = json.loads(record.read_text())
     assert {row["arch"] for row in built} == {int(a) for a in archs.split(",")}
     names = {row["name"].partition("[")[0] for row in built}
-    assert {"cuda.buffer", "cuda.gate", "cuda.layout"} <= names
+    assert {"cuda.buffer", "cuda.gate", "cuda.layout", "cuda.states"} <= names
     assert {f"fusionrag.{name}" for name in ("selective", "rotate", "scatter", "norm", "sum")} <= names
-    assert {name.partition(".")[0] for name in names} == {"cuda", "fusionrag", "moba", "retroinfer", "states"}
+    assert {name.partition(".")[0] for name in names} == {
+        "cuda",
+        "fusionrag",
+        "lamina",
+        "moba",
+        "retroinfer",
+        "states",
+    }
 
 
 def planted(tmp_path: Path, file: str, *faults: str) -> tuple[int, dict[str, list[str]]]:

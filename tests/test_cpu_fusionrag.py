@@ -1,7 +1,5 @@
 """Selective attention of the C kernels: every layout against a masked softmax in float64, whatever the threads are."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -215,20 +213,10 @@ def test_no_rows():
     assert out.shape == (0, 2, 8) and lse.shape == (0, 2)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-@pytest.mark.parametrize("target", ["x86-64", "x86-64-v3"])
-def test_narrower_vectors(monkeypatch, tmp_path, target):
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("this processor does not run the target")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "NATIVE", (f"-march={target}",))
-    module._library.cache_clear()
-    try:
-        for name in ("gqa 3", "few rows, many heads", "D=5", "rows split by keys", "turned pages"):
-            check(name)
-        test_turning_rounds_as_torch_does(12, torch.float32, False)
-    finally:
-        module._library.cache_clear()
+def test_narrower_vectors(narrower):
+    for name in ("gqa 3", "few rows, many heads", "D=5", "rows split by keys", "turned pages"):
+        check(name)
+    test_turning_rounds_as_torch_does(12, torch.float32, False)
 
 
 def test_public_function():

@@ -101,12 +101,7 @@ def test_a_nan_of_any_payload_stays():
     assert out[20, 1].isnan().all() and lse[20, 1].isnan() and lse.isnan().sum() == 1
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-@pytest.mark.parametrize("target", ["x86-64", "x86-64-v3"])
-def test_narrower_vectors(fresh, monkeypatch, target):
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("this processor does not run the target")
-    monkeypatch.setattr(module, "NATIVE", (f"-march={target}",))
+def test_narrower_vectors(narrower):
     for name in ("B=48", "gqa 3", "D=80", "pack", "not causal", "lists over many tiles", "70 blocks, 66 selected"):
         check(name, torch.float32, with_sinks=False, strided=False)
         test_selection_is_the_oracle_s(name)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from attnlab.kernels import cache as caches
-from attnlab.kernels.cuda import moba, module
+from attnlab.kernels import configs
+from attnlab.kernels.cuda import moba, module, states
 
 needs_nvrtc = pytest.mark.skipif(bool(module.missing()), reason="needs NVRTC: attnlab[cuda]")
 
@@ -119,9 +120,14 @@ def test_cuda_core_is_not_imported_before_it_is_needed():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("source", ["gate.cu", "layout.cu"])
+@pytest.mark.parametrize("source", ["gate.cu", "layout.cu", "states.cu"])
 def test_nvcc_agrees_and_reports_no_spills(source, tmp_path):
-    defines = [f"-D{d}" for d in ("DEPTH=16", f"ELEMENT={moba.ELEMENTS[torch.bfloat16]}") if source == "gate.cu"]
+    row, types = configs.get("cuda.states", 90, 256, 4), (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
+    macros = {
+        "gate.cu": (("DEPTH", 16), ("ELEMENT", moba.ELEMENTS[torch.bfloat16])),
+        "states.cu": states.defines(types, states.widest(*types), row),
+    }
+    defines = [f"-D{name}={value}" for name, value in macros.get(source, ())]
     options = ["-std=c++17", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings"]
     command = ["nvcc", *options, *defines, str(module.HERE / source), "-o", str(tmp_path / "out.cubin")]
     done = subprocess.run(command, capture_output=True, text=True)

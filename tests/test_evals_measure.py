@@ -9,7 +9,18 @@ import pytest
 import torch
 
 import attnlab
-from attnlab.evals import bench, bench_cases, bench_check, bench_flex, bench_fusion, bench_wave, measure, readme, report
+from attnlab.evals import (
+    bench,
+    bench_cases,
+    bench_check,
+    bench_flex,
+    bench_fusion,
+    bench_lamina,
+    bench_wave,
+    measure,
+    readme,
+    report,
+)  # fmt: skip
 from attnlab.progress import Progress
 
 CPU = torch.device("cpu")
@@ -149,7 +160,7 @@ def test_bench_reports_no_speed_when_results_are_wrong(monkeypatch, tmp_path, ca
 def test_bench_writes_a_record_of_every_kind(monkeypatch, tmp_path, capsys):
     few = [bench_cases.Case(kind, 256, 16, 3, target=1e9, repeats=1) for kind in bench_cases.KINDS if kind != "flex"]
     monkeypatch.setattr(bench_cases, "cases", lambda device, quick: few)
-    for others in (bench_wave, bench_fusion):
+    for others in (bench_wave, bench_fusion, bench_lamina):
         monkeypatch.setattr(others, "cases", lambda device, quick: [])
     monkeypatch.setattr(bench_cases, "CPU_SHAPE", SMALL)
     assert bench.main(["--out", str(tmp_path), "--device", "cpu"]) == 0

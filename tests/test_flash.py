@@ -84,7 +84,7 @@ def library(request, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", flash2() if request.param == 2 else types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", flash4() if request.param == 4 else None)
     flash._library.cache_clear()
-    monkeypatch.setattr("attnlab.states.flash_reasons", lambda call, **_: [])
+    monkeypatch.setattr("attnlab.full.flash_reasons", lambda call, **_: [])
     yield request.param
     flash._library.cache_clear()
 

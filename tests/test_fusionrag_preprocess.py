@@ -6,7 +6,8 @@ import copy
 import pytest
 import torch
 
-from attnlab.fusionrag.models import KV, MODELS, chunk_kv, dense, model_facts, run_behind, system_kv
+from attnlab.decoder_models import MODELS, dense, model_facts
+from attnlab.fusionrag.models import KV, chunk_kv, run_behind, system_kv
 from attnlab.fusionrag.neighbours import nearest
 from attnlab.fusionrag.preprocess import moved, preprocess
 from attnlab.fusionrag.store import ChunkKey, ChunkKV, ChunkStore

@@ -353,7 +353,7 @@ def test_opcheck(with_sinks, backend):
         torch.library.opcheck(ops.moba_attention, (q, k, v, sinks, held, cu_q, cu_k, *SPEC, replayed, backend))
     torch.library.opcheck(ops.full_attention, (q, k, v, sinks, cu_q, cu_k, True, None, 0.3, False, "portable"))
     outs, lses = torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    torch.library.opcheck(ops.merge_states, (outs, lses, "portable"))
+    torch.library.opcheck(ops.merge_states, (outs, lses, None, None, None, 1.0, False, outs.dtype, None, "portable"))
 
 
 def test_compiles_whole_with_dynamic_lengths():

@@ -128,6 +128,20 @@ def test_sinks_of_empty_rows():
     assert (out == 0).all() and (lse == -math.inf).all() and all(g.isfinite().all() for g in grads)
 
 
+def merged(outs, lses):
+    """`outs [N, M, D]`, `lses [N, M]` -> `out [M, D]`, `lse [M]`."""
+    out, lse = torch.full(outs.shape[1:], math.nan, dtype=outs.dtype), torch.full(lses.shape[1:], math.nan).to(lses)
+    portable.merge(outs[:, :, None], lses[..., None], None, None, False, out[:, None], lse[:, None], None)
+    return out, lse
+
+
+def merge_gradients(dout, dlse, outs, lses, out, lse):
+    dlse = None if dlse is None else dlse[:, None]
+    given = dout[:, None], dlse, outs[:, :, None], lses[..., None], None, None, False, out[:, None], lse[:, None]
+    douts, dlses = portable.merge_backward(*given)
+    return douts[:, :, 0], dlses[..., 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_merge_against_softmax(n, dtype):
@@ -137,7 +151,7 @@ def test_merge_against_softmax(n, dtype):
     lses = (torch.randn(n, 9, generator=g, dtype=torch.float64) * 3).to(acc)
     lses[:, 0], lses[0, 1], lses[-1, 2] = -math.inf, math.inf, -math.inf
     outs = outs.masked_fill(lses.isinf()[..., None], math.nan)
-    out, lse = portable.merge(outs, lses)
+    out, lse = merged(outs, lses)
     clean = lses.double().masked_fill(lses == math.inf, -math.inf)
     weights = clean.softmax(0).nan_to_num(0.0)
     want = (weights[..., None] * outs.double().nan_to_num(0.0)).sum(0)
@@ -155,7 +169,7 @@ def test_merge_of_shards_is_the_whole():
         cu = ragged([40], [b - a])
         shards.append(portable.attention(p.q, p.k[a:b], p.v[a:b], None, *cu, False, None, p.scale))
     outs, lses = (torch.stack(x).flatten(1, 2) for x in zip(*shards, strict=True))
-    out, lse = portable.merge(outs, lses)
+    out, lse = merged(outs, lses)
     torch.testing.assert_close((out, lse), (whole[0].flatten(0, 1), whole[1].flatten()))
 
 
@@ -169,16 +183,16 @@ def test_merge_backward(with_dlse):
     loss = (out * dout).sum() + (lse * dlse).sum() * with_dlse
     want = torch.autograd.grad(loss, (outs, lses))
     given = [x.detach() for x in (outs, lses, out, lse)]
-    torch.testing.assert_close(portable.merge_backward(dout, dlse if with_dlse else None, *given), want)
+    torch.testing.assert_close(merge_gradients(dout, dlse if with_dlse else None, *given), want)
 
 
 def test_merge_backward_of_empty_shards_is_zero():
     outs = torch.full((2, 3, 4), math.nan, dtype=torch.float64)
     lses = torch.tensor([[math.inf, -math.inf, -math.inf], [-math.inf, -math.inf, 1.0]], dtype=torch.float64)
     outs[1, 2] = 1.0
-    out, lse = portable.merge(outs, lses)
+    out, lse = merged(outs, lses)
     assert torch.equal(out, torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64).expand(3, 4))
-    douts, dlses = portable.merge_backward(torch.ones(3, 4, dtype=torch.float64), torch.ones(3), outs, lses, out, lse)
+    douts, dlses = merge_gradients(torch.ones(3, 4, dtype=torch.float64), torch.ones(3), outs, lses, out, lse)
     assert torch.equal(dlses[1], torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)) and not dlses[0].any()
     assert (douts[1, 2] == 1).all() and not douts[0].any() and not douts[1, :2].any()
 

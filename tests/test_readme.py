@@ -22,7 +22,7 @@ def test_code_blocks_run(code, tmp_path, monkeypatch):
 
 
 def test_there_are_code_blocks():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 9
 
 
 def test_measured_parts_are_the_records():

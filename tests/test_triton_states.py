@@ -89,6 +89,13 @@ def test_no_queries_and_no_keys(device):
     assert out.shape == (0, 2, 16) and lse.shape == (0, 2)
 
 
+def merged(outs, lses):
+    """`outs [N, M, D]`, `lses [N, M]` -> `out [M, D]`, `lse [M]`."""
+    out, lse = torch.full_like(outs[0], math.nan), torch.full_like(lses[0], math.nan)
+    merge(outs[:, :, None], lses[..., None], None, None, False, out[:, None], lse[:, None], None)
+    return out, lse
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shards, rows, d", [(1, 3, 5), (3, 40, 80), (5, 9, 300)])
 def test_merge_and_gradients(shards, rows, d, dtype, device):
@@ -102,15 +109,18 @@ def test_merge_and_gradients(shards, rows, d, dtype, device):
         dirty[1, 0] = math.nan
     exact = outs.double().requires_grad_(), lses.double().requires_grad_()
     truth = merge_states(*exact)
-    out, lse = merge(dirty, lses)
+    out, lse = merged(dirty, lses)
     assert_close(out, truth[0], dtype)
     assert_close(lse, truth[1], dtype)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     for g in (dlse, None):
         given = dout.double(), torch.zeros_like(lse).double() if g is None else g.double()
         expected = torch.autograd.grad(truth, exact, given, retain_graph=True)
-        for x, y in zip(merge_backward(dout, g, dirty, lses, out, lse), expected, strict=True):
-            assert_close(x, y, dtype)
+        rows = (x if x is None else x[:, None] for x in (dout, g))
+        shards = dirty[:, :, None], lses[..., None]
+        found = merge_backward(*rows, *shards, None, None, False, out[:, None], lse[:, None])
+        for x, y in zip(found, expected, strict=True):
+            assert_close(x.view(y.shape), y, dtype)
 
 
 def test_merge_of_splits_is_the_whole(device):
@@ -123,6 +133,6 @@ def test_merge_of_splits_is_the_whole(device):
 
     whole, parts = part(0, 50), [part(0, 20), part(20, 20), part(20, 50)]
     outs, lses = (torch.stack(x).flatten(1, 2) for x in zip(*parts, strict=True))
-    out, lse = merge(outs, lses)
+    out, lse = merged(outs, lses)
     assert_close(out.view_as(whole[0]), whole[0].double(), torch.float32)
     assert_close(lse.view_as(whole[1]), whole[1].double(), torch.float32)

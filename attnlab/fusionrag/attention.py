@@ -13,6 +13,7 @@ from ..dispatch import (
     Reasons,
     check_bool,
     check_int,
+    check_integers,
     check_qkv,
     check_scale,
     cpu_reasons,
@@ -22,7 +23,7 @@ from ..dispatch import (
     triton_reasons,
 )
 from ..kernels.fusionrag.spec import Keys, request_of
-from ..packs import Pack, capturing, check_values, pack, remember, unchanged, without_autocast
+from ..packs import Pack, capturing, check_pages, check_values, pack, remember, unchanged, without_autocast
 from ..reference import fusionrag as reference
 from ..rope import DynamicScaling, RopeConfig
 
@@ -91,7 +92,7 @@ def selective_attention(
     if mask not in ("exact", "bottom_right"):
         raise ValueError(f"{FN}: mask must be 'exact' or 'bottom_right', got {mask!r}")
     scale = check_scale(FN, scale, q.shape[3])
-    _check_integers("positions", positions, q, (torch.int32, torch.int64), q.shape[:2])
+    check_integers(FN, "positions", positions, q, (torch.int32, torch.int64), q.shape[:2])
     cu = pack(FN, q, k, cu_seqlens_q, cu_seqlens_k, False)
     capacity = _check_layout(q, k, v, cu, page_table, lengths)
     width = _check_shift(shift, rope, q, capacity, cu.given, lengths is None)
@@ -139,29 +140,19 @@ def future_share(positions: Tensor, length: int) -> float:
     return int((taken - rows.flatten()).clamp(min=0).sum()) / pairs if pairs else 0.0
 
 
-def _check_integers(name: str, x: Any, q: Tensor, dtypes: tuple[torch.dtype, ...], shape: torch.Size) -> None:
-    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    if not isinstance(x, Tensor) or x.dtype not in dtypes:
-        raise TypeError(f"{FN}: {name} must be an {kinds} Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.shape != shape:
-        raise ValueError(f"{FN}: {name} must have shape {list(shape)}, got {list(x.shape)}")
-    if x.device != q.device:
-        raise ValueError(f"{FN}: {name} must be on q's device {q.device}, got {x.device}")
-
-
 def _check_layout(q: Tensor, k: Tensor, v: Tensor, cu: Pack, table: Tensor | None, lengths: Tensor | None) -> int:
     """How many keys a row, or a pack, has room for."""
     for name, x in (("page_table", table), ("lengths", lengths)):
         if cu.given and x is not None:
             raise ValueError(f"{FN}: {name} and cu_seqlens_k exclude each other: packs are contiguous")
     if lengths is not None:
-        _check_integers("lengths", lengths, q, (torch.int32,), q.shape[:1])
+        check_integers(FN, "lengths", lengths, q, (torch.int32,), q.shape[:1])
     if table is None:
         return k.shape[1]
     if lengths is None:
         raise ValueError(f"{FN}: page_table needs lengths, the number of keys of each row")
     wide = table.shape[-1] if isinstance(table, Tensor) and table.ndim else 0
-    _check_integers("page_table", table, q, (torch.int32,), torch.Size((q.shape[0], wide)))
+    check_integers(FN, "page_table", table, q, (torch.int32,), torch.Size((q.shape[0], wide)))
     if k.shape[1] == 0:
         raise ValueError(f"{FN}: k must have a page_size of at least 1, got {list(k.shape)}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -183,7 +174,7 @@ def _check_shift(shift: Any, rope: Any, q: Tensor, capacity: int, packed: bool, 
         raise ValueError(f"{FN}: rope must have q's head size {q.shape[3]}, got head_dim={rope.head_dim}")
     wide = shift.shape[-1] if isinstance(shift, Tensor) and shift.ndim else 0
     integers = (torch.int32, torch.int64)
-    _check_integers("shift", shift, q, integers, torch.Size((q.shape[0], capacity if packed else wide)))
+    check_integers(FN, "shift", shift, q, integers, torch.Size((q.shape[0], capacity if packed else wide)))
     if full and wide < capacity:
         raise ValueError(f"{FN}: shift must cover the {capacity} keys of a row, got {list(shift.shape)}")
     return wide
@@ -214,7 +205,7 @@ def _check_values(
         if high > width:
             raise ValueError(f"{FN}: shift must cover the longest row's {high} keys, got {width}")
         if table is not None:
-            _check_pages(table, lengths, pages, capacity // max(1, table.shape[1]))
+            check_pages(FN, table, lengths, pages, capacity // max(1, table.shape[1]))
     counts = cu_k.diff() if lengths is None else lengths
     flat = positions.flatten()
     bound = counts.repeat_interleave(cu_q.diff().long())
@@ -226,14 +217,6 @@ def _check_values(
             f"{FN}: positions{at} must be -1 or below its row's length {int(bound[i])}, got {int(flat[i])}"
         )
     remember(positions, others, facts)
-
-
-def _check_pages(table: Tensor, lengths: Tensor, pages: int, size: int) -> None:
-    used = torch.arange(table.shape[1], device=table.device) * size < lengths[:, None]
-    wrong = used & ((table < 0) | (table >= pages))
-    if bool(wrong.any()):
-        b, n = divmod(int(wrong.flatten().int().argmax()), table.shape[1])
-        raise ValueError(f"{FN}: page_table[{b}, {n}] must be in 0..{pages - 1}, got {int(table[b, n])}")
 
 
 def _turns(

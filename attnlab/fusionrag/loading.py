@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .models import KV, ModelFacts, chunk_kv, system_kv
+from ..decoder_models import ModelFacts
+from .models import KV, chunk_kv, system_kv
 from .pool import Pool
 from .report import Clock
 from .request import Batch, Ids

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decoder_models import dense, model_facts
 from ..dispatch import check_bool, check_int
 from .attention import BACKENDS
 from .hook import run
 from .loading import Filled, Source, fill
-from .models import dense, model_facts
 from .neighbours import embed
 from .pool import Pool, PoolStep
 from .preprocess import preprocess

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..states import full_attention
+from ..decoder_models import ModelFacts
+from ..full import full_attention
 from .attention import selective_attention
 from .hook import Watch
-from .models import ModelFacts
 from .rotate import rotate_keys
 from .slots import SlotTable, scatter_kv
 

@@ -14,7 +14,8 @@ from attnlab.dispatch import check_bool, check_int, check_ints
 from attnlab.progress import Progress
 from attnlab.rope import RopeConfig
 
-from .models import KV, ModelFacts, chunk_kv, model_facts, run_behind, system_kv
+from ..decoder_models import ModelFacts, model_facts
+from .models import KV, chunk_kv, run_behind, system_kv
 from .neighbours import matrix, search
 from .rotate import rotate_keys
 from .store import ChunkKey, ChunkKV, ChunkStore, fingerprint

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decoder_models import ModelFacts
 from .hook import Watch, run
-from .models import ModelFacts
 from .pool import Pool, PoolStep, PrefillStep
 
 Ids = tuple[int, ...]

@@ -3,8 +3,8 @@
 // Every (query, chooser, slot) is a partial softmax of its own; those of a query are merged in the order of the slots,
 // so results depend on no thread.
 #include "choose.h"
+#include "merge.h"
 #include "parallel.h"
-#include "simd.h"
 
 enum { KEYS = 64, AHEAD = 16 };  // keys whose scores are held at a time, and how far ahead rows are asked for
 
@@ -129,24 +129,11 @@ static int attend_item(const void *call, int64_t item)
 // One chooser's partial softmaxes become the output of its query heads.
 static void merge(const struct Decode *c, int64_t item)
 {
-    const float *part = c->parts + item * c->slots * c->part;
+    const float *parts = c->parts + item * c->slots * c->part;
     for (int64_t i = 0; i < c->width; i++) {
-        float *out = c->out + (item * c->width + i) * c->dim, top = -INFINITY, sum = 0.0f;
-        for (int64_t s = 0; s < c->slots; s++)
-            top = part[s * c->part + 2 * i] > top ? part[s * c->part + 2 * i] : top;
-        memset(out, 0, c->dim * sizeof *out);
-        for (int64_t s = 0; s < c->slots; s++) {
-            const float *p = part + s * c->part, *values = p + 2 * c->width + i * c->dim;
-            float weight = expf(p[2 * i] - (top == -INFINITY ? 0.0f : top));
-            if (p[2 * i + 1] == 0.0f)
-                continue;
-            sum += p[2 * i + 1] * weight;
-            for (int64_t d = 0; d < c->dim; d++)
-                out[d] += values[d] * weight;
-        }
-        for (int64_t d = 0; sum != 0.0f && d < c->dim; d++)
-            out[d] /= sum;
-        c->lse[item * c->width + i] = top + logf(sum);
+        int64_t row = item * c->width + i;
+        const float *values = parts + 2 * c->width + i * c->dim;
+        merge_parts(parts + 2 * i, values, c->part, c->slots, c->dim, c->out + row * c->dim, c->lse + row);
     }
 }
 

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 COMPILERS = ("cc", "gcc", "clang")
 OPTIONS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 NATIVE = ("-march=native", "-mcpu=native")  # which of them a compiler knows depends on the architecture
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in simd.h
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # as in simd.h
 NO_MEMORY, BAD_INDEX = 1, 2  # as in parallel.h
 Argument = Tensor | int | float | None
 
@@ -50,14 +50,15 @@ def call(name: str, *arguments: Argument) -> None:
 
     Raises MemoryError where the function could not get its working memory, ValueError where an index is out of range.
     """
-    values = [
-        ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor)
-        else ctypes.c_void_p(None) if x is None
-        else ctypes.c_double(x) if isinstance(x, float)
-        else ctypes.c_int64(x)
-        for x in arguments
-    ]  # fmt: skip
-    failed = getattr(_library(), name)(*values)
+    function = getattr(_library(), name)
+    if not function.argtypes:  # told once, ctypes converts a number in a tenth of the time
+        function.argtypes = [
+            ctypes.c_void_p if x is None or isinstance(x, Tensor)
+            else ctypes.c_double if isinstance(x, float)
+            else ctypes.c_int64
+            for x in arguments
+        ]  # fmt: skip
+    failed = function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
     if failed == NO_MEMORY:
         raise MemoryError(f"the C kernel {name!r} could not allocate its working memory")
     if failed == BAD_INDEX:

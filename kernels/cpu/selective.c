@@ -3,6 +3,7 @@
 // Rows come sorted by position, so a unit of them walks the tiles of keys once: rows at the front drop out, and only
 // the tile that a row's position is in looks at it. Every row sums tiles in rising order, in spans of keys that do not
 // depend on threads, and spans are merged in order: results repeat bit for bit, whatever the threads.
+#include "merge.h"
 #include "parallel.h"
 #include "tiles.h"
 #include "turn.h"
@@ -223,20 +224,7 @@ static int merge_item(const void *call, int64_t number)
     for (int64_t i = 0; spans > 1 && i < n; i++) {
         const float *states = c->parts + ((u->part + i) * c->hq + number % c->hq) * size;
         int64_t next = n * c->hq * size, to = c->order[c->cu_q[u->seq] + u->begin + i] * c->hq + number % c->hq;
-        float *out = c->out + to * c->dim, top = -INFINITY, sum = 0.0f;
-        for (int64_t s = 0; s < spans; s++)
-            top = states[s * next] > top ? states[s * next] : top;
-        memset(out, 0, c->dim * sizeof *out);
-        for (int64_t s = 0; s < spans; s++) {
-            const float *state = states + s * next;
-            float weight = expf(state[0] - (top == -INFINITY ? 0.0f : top));
-            sum += state[1] * weight;
-            for (int64_t d = 0; d < c->dim; d++)
-                out[d] += state[2 + d] * weight;
-        }
-        for (int64_t d = 0; sum != 0.0f && d < c->dim; d++)
-            out[d] /= sum;
-        c->lse[to] = top + logf(sum);
+        merge_parts(states, states + 2, next, spans, c->dim, c->out + to * c->dim, c->lse + to);
     }
     return DONE;
 }

@@ -35,7 +35,7 @@ typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 
-enum { FLOAT, BRAIN, HALF };  // element types of what is read; kernels/cpu/module.py has the same order
+enum { FLOAT, BRAIN, HALF, E4M3 };  // element types, E4M3 only written; kernels/cpu/module.py has the same order
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -1,26 +1,6 @@
 // Keys turned as kernels/fusionrag's rotation turns them: in float, each product rounded, then once to the key's type.
 #pragma once
-#include "simd.h"
-
-INLINE float to_brain(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return x == x ? from_bits((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000) : x;
-}
-
-INLINE float to_half(float x)
-{
-    // 13 bits are rounded off; below 2^-14 it is what lies under 2^-24, the last bit of 0.5.
-    uint32_t bits, sign, magnitude, small;
-    memcpy(&bits, &x, 4);
-    sign = bits & 0x80000000, magnitude = bits ^ sign;
-    float tiny = (from_bits(magnitude) + 0.5f) - 0.5f;
-    memcpy(&small, &tiny, 4);
-    uint32_t large = (magnitude + 0xfff + (magnitude >> 13 & 1)) & 0xffffe000;
-    large = large < 0x47800000 ? large : 0x7f800000;
-    return x == x ? from_bits(sign | (magnitude < 0x38800000 ? small : large)) : x;
-}
+#include "narrow.h"
 
 INLINE float rounded(float x, int64_t type) { return type == FLOAT ? x : type == BRAIN ? to_brain(x) : to_half(x); }
 

@@ -19,7 +19,7 @@ from .. import cache
 HERE = Path(__file__).parent
 DIGEST = hashlib.sha256().digest_size
 Defines = tuple[tuple[str, str | int], ...]
-Argument = Tensor | int | None
+Argument = Tensor | int | float | None
 
 
 class _Stream:
@@ -110,6 +110,11 @@ def _kernel(source: str, name: str, device: torch.device, defines: Defines) -> A
     return _core().ObjectCode.from_cubin(code, name=source).get_kernel(name)
 
 
+def plain(x: Argument) -> int | float:
+    """An argument of a kernel as a number: a tensor's address, 0 for None."""
+    return x.data_ptr() if isinstance(x, Tensor) else x if isinstance(x, float) else int(x or 0)
+
+
 def launch(
     source: str,
     name: str,
@@ -119,9 +124,12 @@ def launch(
     device: torch.device,
     defines: Defines = (),
 ) -> None:
-    """Run kernel `name` of `source` on torch's current stream; tensors go as pointers, None as null, ints as 64-bit."""
+    """Run kernel `name` of `source` on torch's current stream.
+
+    Tensors go as pointers, None as null, ints as 64-bit, floats as doubles.
+    """
     core = _core()
-    values = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else int(x) for x in arguments]
+    values = [plain(x) for x in arguments]
     with torch.cuda.device(device):
         kernel = _kernel(source, name, device, defines)
         stream = _Stream(torch.cuda.current_stream(device).cuda_stream)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..states.portable import accumulator, flash, flash_backward
+from ..states.portable import accumulator, flash, flash_backward, merge_pair
 from .portable_keys import turn
 from .spec import Keys, sort_rows
 
@@ -62,7 +62,8 @@ def forward(q: Tensor, keys: Keys, positions: Tensor, cu_q: Tensor, scale: float
         x = torch.full(rows.shape[:3], -math.inf, dtype=acc, device=q.device)
         for t in _tiles(r, rows):
             found = flash(rows[:, :, t.rows], r.k[:, :, t.keys], r.v[:, :, t.keys], False, scale, t.mask)
-            _merge(o[:, :, t.rows], x[:, :, t.rows], *found)
+            at = slice(None), slice(None), t.rows
+            o[at], x[at] = merge_pair((o[at], x[at]), found)
         _scatter(out, r.rows, o, hkv)
         _scatter(lse, r.rows, x, hkv)
     return out, lse
@@ -172,10 +173,3 @@ def _gather(x: Tensor, rows: Tensor, hkv: int) -> Tensor:
 def _scatter(to: Tensor, rows: Tensor, x: Tensor, hkv: int) -> None:
     """The inverse of `_gather`, into `to [N, Hq, ...]`."""
     to.index_copy_(0, rows, x[0].unflatten(1, (len(rows), -1)).transpose(0, 1).flatten(1, 2).to(to.dtype))
-
-
-def _merge(out: Tensor, lse: Tensor, found: Tensor, found_lse: Tensor) -> None:
-    """Add a state with a key in every row to `out` and `lse`, in place."""
-    total = torch.logaddexp(lse, found_lse)
-    out.mul_((lse - total).exp_()[..., None]).add_(found * (found_lse - total).exp_()[..., None])
-    lse.copy_(total)

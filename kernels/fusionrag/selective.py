@@ -252,9 +252,12 @@ def selective(q: Tensor, keys: Keys, positions: Tensor, cu_q: Tensor, scale: flo
         INTERLEAVED=keys.interleaved, LAYOUT=layout, SORTED=order is not None, PRECISION=precision(q.dtype),
         BLOCK_S=min(triton.next_power_of_2(sequences), MOST_S), **config,
     )  # fmt: skip
-    if splits > 1:
-        out, lse = merge(out.transpose(0, 1), lse.T, q.dtype)
-    return out.view(q.shape), lse.view(nq, hq)
+    if splits == 1:
+        return out.view(q.shape), lse.view(nq, hq)
+    parts = out.transpose(0, 1).view(splits, nq, hq, d), lse.T.view(splits, nq, hq)
+    whole = torch.empty_like(q), torch.empty(nq, hq, dtype=torch.float32, device=q.device)
+    merge(*parts, None, None, False, *whole, None)
+    return whole
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

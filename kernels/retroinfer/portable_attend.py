@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..states.portable_merge import merge_pair
 from .buffer import Cache
 from .buffer_portable import cached, serve
 from .spec import Attended, Query, Spec, Store, places
@@ -75,8 +76,8 @@ def attend(
     slots = ascending(read, query.k_slots)
     if cache is not None:
         serve(slots, store, cache)
-    exact = merge([exact, retrieved_state(grouped, store, read, query.scale, cache)])
-    out, lse = merge([exact, estimated_state(meta, store, zone(order, k, k + e))])
+    exact = merge_pair(exact, retrieved_state(grouped, store, read, query.scale, cache))
+    out, lse = merge_pair(exact, estimated_state(meta, store, zone(order, k, k + e)))
     trace = torch.where(meta.live.any(-1, keepdim=True), meta.total, 0.0) * 0
     out, lse = (out + trace[..., None]).to(q.dtype), lse + trace
     bounds = neglected(meta, members(read, meta.live), exact[1]) if query.bounds else (None, None)
@@ -252,11 +253,3 @@ def softmax_state(scores: Tensor, values: Tensor) -> State:
     nothing = total == 0  # values nobody sees may be NaN
     out = (weights @ values).div_(total.masked_fill(nothing, 1.0)).masked_fill_(nothing, 0.0)
     return out, (total.log() + top)[..., 0]
-
-
-def merge(states: list[State]) -> State:
-    """One state over all their keys, in order."""
-    outs, lses = (torch.stack(x) for x in zip(*states, strict=True))
-    lse = lses.logsumexp(0)
-    weights = (lses - lse.masked_fill(lse == -math.inf, 0.0)).exp_()
-    return (outs * weights[..., None]).sum(0), lse

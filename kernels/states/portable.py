@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .portable_merge import accumulator, append, append_backward, merge, merge_backward, merge_pair
+
+__all__ = ["accumulator", "append", "append_backward", "attention", "attention_backward", "merge", "merge_backward"]
+
 SPLIT_SQUARES = range(257, 513)  # sizes at which PyTorch's CPU kernel is slower on a causal square than on its halves
 WINDOW_CHUNK = 512  # queries of a sliding window handled together
 SCORE_ELEMENTS = 1 << 24  # most scores that the explicit path holds at a time
@@ -25,10 +29,6 @@ class Piece(NamedTuple):
     stop: int
     causal: bool
     mask: Tensor | None = None
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def uses_cpu_kernel(x: Tensor) -> bool:
@@ -174,7 +174,7 @@ def tile_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part
         for part in parts:
             kp, vp = (x[:, hkv, part.start : part.stop].expand(b, h, -1, d) for x in (k, v))
             found = flash(q[:, hq], kp, vp, part.causal, scale, part.mask)
-            state = found if state is None else _merge_pair(state, found)
+            state = found if state is None else merge_pair(state, found)
         out[:, hq], lse[:, hq] = state if state else (0.0, -math.inf)
 
 
@@ -204,13 +204,6 @@ def tile_backward(
             dq[:, hq] += gq
             for grad, g in ((dk, gk), (dv, gv)):
                 grad[:, hkv, keys] += g if h == grad[:, hkv].shape[1] else g.sum(1, keepdim=True, dtype=grad.dtype)
-
-
-def _merge_pair(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge of two states, each with a key in every row."""
-    lse = torch.logaddexp(a[1], b[1])
-    out = a[0] * (a[1] - lse).exp()[..., None] + b[0] * (b[1] - lse).exp()[..., None]
-    return out, lse
 
 
 def tile(x: Tensor, start: int, count: int, length: int) -> Tensor:
@@ -304,35 +297,3 @@ def sinks_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
     shift = shift if dlse is None else shift + dlse
     weight = (sinks.to(lse.dtype) - lse.masked_fill(lse == -math.inf, math.inf)).exp_()
     return (weight * shift).sum(0)
-
-
-def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge N states: outs [N, M, D], lses [N, M] -> out [M, D], lse [M]. lse +inf or -inf marks an empty shard."""
-    acc = accumulator(outs.dtype)
-    weights, lse = _weights(lses.to(acc))
-    out = torch.zeros(outs.shape[1:], dtype=acc, device=outs.device)
-    for w, o in zip(weights, outs, strict=True):
-        out += torch.where(w[:, None] == 0, 0.0, o.to(acc) * w[:, None])
-    return out.to(outs.dtype), lse
-
-
-def _weights(lses: Tensor) -> tuple[Tensor, Tensor]:
-    lses = lses.masked_fill(lses == math.inf, -math.inf)
-    lse = torch.logsumexp(lses, 0) if len(lses) else lses.new_full(lses.shape[1:], -math.inf)
-    return (lses - lse.masked_fill(lse == -math.inf, 0.0)).exp_(), lse
-
-
-def merge_backward(
-    dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `merge`: douts in outs' dtype, dlses in lses' dtype; exactly zero for shards of weight 0."""
-    acc = accumulator(outs.dtype)
-    weights, _ = _weights(lses.to(acc))
-    do = dout.to(acc)
-    shift = -(do * out.to(acc)).sum(-1)
-    shift = shift if dlse is None else shift + dlse
-    douts, dlses = torch.empty_like(outs), torch.empty_like(lses)
-    for i, w in enumerate(weights):
-        douts[i] = w[:, None] * do
-        dlses[i] = torch.where(w == 0, 0.0, w * ((do * outs[i].to(acc)).sum(-1) + shift))
-    return douts, dlses

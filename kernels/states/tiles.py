@@ -42,10 +42,14 @@ def head_tile(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def processors(x: Tensor) -> int:
+    """Multiprocessors of the GPU; the interpreter counts as a small one."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
 def shares(x: Tensor, units: int, programs: int) -> int:
     """Shares of `units` units of work for each of `programs` lists: two programs per multiprocessor, a unit each."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    return max(1, min(units, 2 * processors // max(programs, 1)))
+    return max(1, min(units, 2 * processors(x) // max(programs, 1)))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -119,11 +123,11 @@ def load_lse(lse, offset, valid):
 
 
 def job(name: str, fn, types: dict[str, str], constexprs: dict, config: dict[str, int], dot: bool) -> dict:
-    """One configuration for `kernels/compile.py`; arguments in neither dict are int32, strides multiples of 16."""
+    """One configuration for `kernels/compile.py`; others are int32, strides and D multiples of 16."""
     launch = {key: config[key] for key in ("num_warps", "num_stages") if key in config}
     constexprs = constexprs | {key: value for key, value in config.items() if key not in launch}
     signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "i32") for arg in fn.arg_names}
-    strides = [arg for arg in fn.arg_names if signature[arg] == "i32" and arg[1:2] == "_"]
+    strides = [arg for arg in fn.arg_names if signature[arg] == "i32" and (arg[1:2] == "_" or arg == "D")]
     return dict(
         name=name, fn=fn, signature=signature, constexprs=constexprs, options=launch, dot=dot, divisible=strides
     )

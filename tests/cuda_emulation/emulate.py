@@ -2,11 +2,11 @@
 
 import ctypes
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from attnlab.kernels.cuda import module
 
@@ -15,6 +15,7 @@ KERNELS = {
     "buffer.cu": ("buffer_admit", "buffer_fetch"),
     "gate.cu": ("gate",),
     "layout.cu": ("layout_count", "layout_place"),
+    "states.cu": ("merge_states", "append_token"),
 }
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -52,8 +53,8 @@ class Emulator:
         device: torch.device,
         defines: module.Defines = (),
     ) -> None:
-        values = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else int(x) for x in arguments]
-        packed = (ctypes.c_int64 * len(values))(*values)
+        values = [module.plain(x) for x in arguments]
+        packed = struct.pack("".join("d" if isinstance(x, float) else "q" for x in values), *values)
         dims = (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid)))
         run = getattr(self.library(source, defines), f"run_{name}")
         if run(packed, dims, ctypes.c_uint(block), ctypes.c_bool(self.falling)):

@@ -180,6 +180,25 @@ inline float half_bits_to_float(unsigned short bits) {
   return bits >> 15 ? -x : x;
 }
 
+// Nearest and even among the numbers whose last bit is worth `unit`.
+inline double round_to(double x, double unit) { return std::nearbyint(x / unit) * unit; }
+
+// x as a float of `fraction` bits behind the exponent, from 2^`least` on and, below, as far apart as there.
+inline unsigned narrow_bits(float x, int fraction, int least, unsigned sign, unsigned largest, bool saturates) {
+  unsigned top = std::signbit(x) ? sign : 0;
+  if (std::isnan(x)) return sign - 1;
+  int exponent = std::isinf(x) ? 128 : x == 0.0f ? least : std::max(std::ilogb(x), least);
+  double y = std::isinf(x) ? INFINITY : round_to(std::fabs(x), std::ldexp(1.0, exponent - fraction));
+  exponent = std::isinf(y) ? 128 : y == 0.0 ? least : std::max(std::ilogb(y), least);
+  double steps = y / std::ldexp(1.0, exponent - fraction);  // 2^fraction and more from 2^least on
+  double code = std::isinf(y) ? INFINITY : std::ldexp(exponent - least, fraction) + steps;
+  if (code > largest) code = saturates ? largest : largest + 1;
+  return top | static_cast<unsigned>(code);
+}
+inline unsigned short float_to_half_bits(float x) { return narrow_bits(x, 10, -14, 0x8000, 0x7bff, false); }
+inline unsigned short float_to_brain_bits(float x) { return narrow_bits(x, 7, -126, 0x8000, 0x7f7f, false); }
+inline unsigned char float_to_e4m3_bits(float x) { return narrow_bits(x, 3, -6, 0x80, 0x7e, true); }
+
 // Each use is its own barrier, as on the GPU: threads that meet at different ones are an error.
 #define __syncthreads() emulation::wait(emulation::State::at_barrier, __LINE__)
 #define __syncwarp() emulation::wait(emulation::State::in_warp, __LINE__)
@@ -190,6 +209,9 @@ template <typename T> T shuffle(unsigned mask, T value, int lane, int line) {
 template <typename T> T shuffle_up(unsigned mask, T value, unsigned delta, int line) {
   unsigned lane = threadIdx.x % 32, source = lane < delta ? lane : lane - delta;
   return emulation::unbits<T>(emulation::exchange(mask, emulation::bits(value), line)[source]);
+}
+template <typename T> T shuffle_xor(unsigned mask, T value, int bits, int line) {
+  return emulation::unbits<T>(emulation::exchange(mask, emulation::bits(value), line)[threadIdx.x % 32 ^ bits]);
 }
 inline unsigned ballot(unsigned mask, bool vote, int line) {
   const uint64_t* votes = emulation::exchange(mask, vote, line);
@@ -206,6 +228,7 @@ template <typename T> unsigned match_any(unsigned mask, T value, int line) {
 
 #define __shfl_sync(mask, value, lane) shuffle(mask, value, lane, __LINE__)
 #define __shfl_up_sync(mask, value, delta) shuffle_up(mask, value, delta, __LINE__)
+#define __shfl_xor_sync(mask, value, bits) shuffle_xor(mask, value, bits, __LINE__)
 #define __ballot_sync(mask, vote) ballot(mask, vote, __LINE__)
 #define __match_any_sync(mask, value) match_any(mask, value, __LINE__)
 
