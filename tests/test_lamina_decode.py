@@ -126,9 +126,21 @@ def test_huge_scores_do_not_overflow(backend, dtype, device):
     where = on(backend, device)
     q, k, v = (x.to(where) for x in gaussian(1, 1, 80, 2, 1, 16, dtype=dtype))
     q[:], k[:, 5], k[:, 61], k[:, 70] = 200.0, 200.0, 250.0, -250.0
-    out, lse = split_decode(q, k, v, scale=1.0, backend=backend)
-    torch.testing.assert_close(out[0, 0], v[0, 61].expand(2, -1))
-    torch.testing.assert_close(lse, torch.full_like(lse, 200.0 * 250.0 * 16))
+    for sign in (1, -1):
+        out, lse = split_decode(q, sign * k, v, scale=float(sign), backend=backend)
+        torch.testing.assert_close(out[0, 0], v[0, 61].expand(2, -1))
+        torch.testing.assert_close(lse, torch.full_like(lse, 200.0 * 250.0 * 16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gaps_between_elements(backend, device):
+    """In the last dimensions; what lies there is nobody's."""
+    p = Problem(Case([9, 0, 18], hq=4, hkv=2, page=5), torch.float32, on(backend, device))
+    p.tensors = [torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0] for x in p.tensors]
+    lengths, table = p.options["lengths"], p.options["page_table"]
+    p.options["lengths"] = torch.stack([lengths, lengths - 1], -1)[..., 0]
+    p.options["page_table"] = torch.stack([table, table.clamp(min=0).flip(0)], -1)[..., 0]
+    p.check(call(p, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab import BackendError, explain
-from attnlab.lamina import Shard, SplitPlan, split_attention, split_decode
+from attnlab.lamina import Shard, SplitPlan, split, split_attention, split_decode
 from attnlab.testing import assert_accurate, gaussian, plain_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,6 +136,16 @@ def test_partial_states_are_kept_exact():
     out = split_attention(*x[:1], plan.split(*x[1:]), plan, backend="portable")[0]
     error, rounding = ((y.double() - truth).square().mean() for y in (out, truth.to(out.dtype)))
     assert error <= 1.05 * rounding
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
+def test_states_are_merged_where_they_were_made(backend, monkeypatch):
+    """The C kernels merge as they go; others ask for it by name."""
+    x, lengths = whole()
+    plan, said, real = SplitPlan("sequence", 2), [], split.merge_states
+    monkeypatch.setattr(split, "merge_states", lambda *a, **b: said.append(b["backend"]) or real(*a, **b))
+    split_attention(x.q, plan.split(x.k, x.v, lengths), plan, backend=backend)
+    assert said == [backend]
 
 
 def test_float64_stays_float64():

@@ -59,11 +59,13 @@ def test_shapes_decide_the_launch(name, monkeypatch):
             patch.setattr(Tensor, read, None)
         out, lse = launch.decode(q, cache, 0.1, None, F32)
         launch.decode(q, cache, 0.1, 5, torch.float16)
+        launch.decode(q, cache, 0.1, 10**6, torch.float16)
     assert out.shape == q.shape and out.dtype == F32 and lse.shape == q.shape[:3]
-    (grid, constants), (forced, _) = kernel.launches
-    assert (grid, forced) == (programs * splits, programs * 5)
+    (grid, constants), (forced, _), (most, _) = kernel.launches
+    tiles_of_keys = -(-room // constants["BLOCK_N"])  # a share each
+    assert (grid, forced, most) == (programs * splits, programs * 5, programs * tiles_of_keys)
     assert (constants["BLOCK_M"], constants["LAYOUT"]) == (block_m, layout)
-    assert merges == [*[(splits, F32)] * (splits > 1), (5, F32)]
+    assert merges == [*[(splits, F32)] * (splits > 1), (5, F32), (tiles_of_keys, F32)]
 
 
 def test_a_prefix_is_one_more_launch_and_one_merge(monkeypatch):
