@@ -9,10 +9,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from attnlab.lamina import DisaggregatedDecoder, ModelWorker, SplitPlan, WorkerError, run
+from attnlab.lamina.slices import Slices
 
 VOCAB = 61  # of tests.hf_models, which is imported where a model is built: transformers takes seconds
 STEPS = 64
@@ -133,19 +135,24 @@ def play(scenario, decoder):
 
 
 def overlap(decoder):
-    """One request, so that attention is free when a q comes, and k and v that take milliseconds."""
-    decoder.submit([1] * 100, 40)
+    """One request, so that attention is free when a q comes, and k and v that take long on any machine."""
+    decoder.submit([1] * 100, 12)
     decoder.step()
     before = decoder.stats()
-    while decoder.requests:
-        decoder.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Slices, "key_value", slow(Slices.key_value))
+        while decoder.requests:
+            decoder.step()
     stats = decoder.stats().since(before)
     return {"overlap": stats.overlap, "communication": stats.communication, "busy": stats.attention_busy}
 
 
-def wide():
-    shape = dict(hidden_size=2048, head_dim=256, num_attention_heads=16, num_key_value_heads=16)
-    return build(**shape, num_hidden_layers=2)
+def slow(compute):
+    def computed(*args):
+        time.sleep(0.05)
+        return compute(*args)
+
+    return computed
 
 
 BAD = {
@@ -218,7 +225,7 @@ def trained():
 
 OTHERS = {
     2: {
-        "overlap": lambda: run(wide, SplitPlan("head", 1), overlap, trace=True),
+        "overlap": lambda: run(build, SplitPlan("head", 1), overlap, trace=True),
         "bad input": lambda: run(SCENARIOS["2 head"].model, SplitPlan("head", 1), bad_input, eos=(), capacity=100),
         "gpt_oss": lambda: refused(lambda: build("gpt_oss"), SplitPlan("head", 1)),
     },
