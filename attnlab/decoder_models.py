@@ -12,7 +12,7 @@ import torch
 from .dispatch import check_ints
 from .rope import DynamicScaling, LinearScaling, RopeConfig, YarnScaling
 
-MODELS = ("llama", "mistral", "qwen2", "qwen3")
+MODELS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _busy: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _busy_lock = threading.Lock()
 
@@ -26,7 +26,12 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method needs to know of a model. `rope` is the model's at every length that `limits` allow."""
+    """What a method needs to know of a model.
+
+    Attributes:
+        rope: the model's at every length that `limits` allow.
+        rotary: of each layer, whether it turns its queries and keys by their positions; SmolLM3 has layers that do not.
+    """
 
     layers: int
     heads: int
@@ -34,8 +39,14 @@ class ModelFacts:
     head_dim: int
     vocab: int
     rope: RopeConfig
+    rotary: tuple[bool, ...]
     limits: tuple[Limit, ...]
     device: torch.device
+
+    @property
+    def turned(self) -> slice | list[int]:
+        """Index of the layers that have rotary positions."""
+        return slice(None) if all(self.rotary) else [i for i, turns in enumerate(self.rotary) if turns]
 
     def check_length(self, fn: str, what: str, tokens: int) -> None:
         """ValueError when a sequence of `tokens` tokens is longer than the model can take."""
@@ -73,10 +84,13 @@ def model_facts(fn: str, model: Any) -> ModelFacts:
     if elsewhere := {p.device for p in model.base_model.parameters()} - {weights.device}:
         raise ValueError(f"{fn}: model must be on one device, got {weights.device} and {elsewhere.pop()}")
     _check_frequencies(fn, model.base_model.rotary_emb, rope)
-    heads = config.num_attention_heads
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    rotary = (True,) * layers
+    if config.model_type == "smollm3":
+        rotary = tuple(map(bool, config.no_rope_layers[:layers]))  # 1: with rotary positions
     return ModelFacts(
-        config.num_hidden_layers, heads, config.num_key_value_heads or heads, rope.head_dim, weights.shape[0], rope,
-        limits, weights.device,
+        layers, heads, config.num_key_value_heads or heads, rope.head_dim, weights.shape[0], rope, rotary, limits,
+        weights.device,
     )  # fmt: skip
 
 
@@ -111,19 +125,38 @@ def _quiet(model: Any) -> Iterator[None]:
             module.training = True
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens a sequence of a transformers model may have, from its configuration; None where that does not say.
+
+    Linear and YaRN scaling stretch the length in the configuration; llama3's is what it was stretched to. Under dynamic
+    scaling, beyond it cached keys would not fit; under scaling of another kind it is taken as it stands.
+    """
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        return None
+    try:
+        scaling = RopeConfig.from_transformers(config).scaling
+    except ValueError:
+        return length
+    return _stretched(length, scaling)
+
+
+def _stretched(length: int, scaling: Any) -> int:
+    if isinstance(scaling, LinearScaling):
+        return int(length * scaling.factor)
+    if isinstance(scaling, YarnScaling):
+        return max(length, int(scaling.original_max_position_embeddings * scaling.factor))
+    return length
+
+
 def _context(config: Any, rope: RopeConfig) -> Limit:
-    """Linear and YaRN scaling stretch the length in the configuration; llama3's is what it was stretched to."""
-    length, s = config.max_position_embeddings, rope.scaling
-    if isinstance(s, DynamicScaling):
+    length = config.max_position_embeddings
+    if isinstance(rope.scaling, DynamicScaling):
         return Limit(
             length,
             "beyond it dynamic NTK scaling turns all keys anew as the sequence grows, and stored ones do not fit",
         )
-    if isinstance(s, LinearScaling):
-        length = int(length * s.factor)
-    if isinstance(s, YarnScaling):
-        length = max(length, int(s.original_max_position_embeddings * s.factor))
-    return Limit(length, "the model's context")
+    return Limit(_stretched(length, rope.scaling), "the model's context")
 
 
 def _window(fn: str, config: Any) -> Limit | None:

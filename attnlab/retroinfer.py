@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import wave_reference
-from .dispatch import Call, check_bool, check_scale, missing, pick
+from .dispatch import Call, check_bool, check_int, check_scale, missing, pick
 from .kernels.retroinfer.buffer import Cache
 from .kernels.retroinfer.spec import Attended, Query, Spec, Store, part
 from .packs import without_autocast
@@ -15,7 +15,8 @@ from .wave_buffer import WaveBuffer
 from .wave_config import check_choice, check_share, kernel_reasons
 from .wave_index import WaveIndex, serving
 
-SELECTORS = ("wave", "full", "oracle", "quest", "cluster")
+SELECTORS = ("wave", "full", "oracle", "quest", "cluster", "random")
+_MAX_SEED = 2**32 - 1
 
 
 class ErrorBound(NamedTuple):
@@ -40,8 +41,10 @@ def wave_attention(
     estimation: str | None = None,
     selector: str = "wave",
     token_budget: float | None = None,
+    seed: int = 0,
     return_lse: bool = False,
     return_error_bound: bool = False,
+    return_read: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor | ErrorBound, ...]:
     """Attention of each row's newest token over an index that already holds its key and value. No gradient.
@@ -62,15 +65,20 @@ def wave_attention(
         estimation: `"ratio"`, `"all"` or `"none"`; the configuration's by default.
         selector, token_budget: to compare methods: of the indexed tokens, read a share `token_budget`, in `(0, 1]`, of
             the row's. `"full"` reads all, `"oracle"` tokens by their own scores, `"quest"` pages of 16 by the largest
-            score their keys' extremes allow, `"cluster"` clusters; `"wave"` too, and it estimates the next ones. Units
-            are taken whole while they fit, one at least. Meant for quality, not speed: every score is computed.
+            score their keys' extremes allow, `"cluster"` clusters; `"wave"` too, and it estimates the next ones;
+            `"random"` tokens by chance. Units are taken whole while they fit, one at least. Meant for quality, not
+            speed: every score is computed.
+        seed: of `"random"`, whose choice follows from it, the KV head, the row's length and nothing else; in
+            `[0, 2**32)`.
         return_lse: also return the lse.
         return_error_bound: also return the `ErrorBound`.
+        return_read: also return which tokens each KV head read exactly.
         backend: `"auto"`, `"reference"`, `"portable"` or `"triton"` (without `selector` and `token_budget`).
 
     Returns:
-        `out [B, 1, Hq, D]`, then `lse [B, 1, Hq]` float32 (float64), the natural logarithm of the sum of the scaled
-        scores' exponentials, and the bound, if asked for. A row without tokens: out 0, lse -inf.
+        `out [B, 1, Hq, D]`, then, if asked for, `lse [B, 1, Hq]` float32 (float64), the natural logarithm of the sum of
+        the scaled scores' exponentials, the bound, and bool `[B, Hkv, index.capacity]`, by position, the tokens read.
+        A row without tokens: out 0, lse -inf.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; q that requires a gradient; more
@@ -84,7 +92,7 @@ def wave_attention(
     config = index.config
     comparing = selector != "wave" or token_budget is not None
     if comparing:
-        _check_selector(fn, selector, token_budget, retrieval_ratio, return_error_bound)
+        check_selector(fn, selector, token_budget, retrieval_ratio, return_error_bound)
         retrieval_ratio = 0.0  # what is read follows from token_budget, and the next clusters are estimated
     retrieval = config.retrieval_ratio if retrieval_ratio is None else retrieval_ratio
     estimated = config.estimation_ratio if estimation_ratio is None else estimation_ratio
@@ -95,6 +103,10 @@ def wave_attention(
     _check_buffer(fn, buffer, index, selector, token_budget)
     check_bool(fn, "return_lse", return_lse)
     check_bool(fn, "return_error_bound", return_error_bound)
+    check_bool(fn, "return_read", return_read)
+    check_int(fn, "seed", seed, 0)
+    if seed > _MAX_SEED:
+        raise ValueError(f"{fn}: seed must be at most {_MAX_SEED}, got {seed}")
     scale = check_scale(fn, scale, q.shape[3])
     why = kernel_reasons(config) + _more_reasons(q, buffer, comparing)
     name = pick(Call(fn, q.device, q.dtype, q.shape[3]), backend, serving(why))
@@ -105,13 +117,15 @@ def wave_attention(
     query = Query(scale, config.group_reduce, config.weight_by_size, estimation, width, error, return_error_bound)
     store = index.store._replace(budgets=index.budgets(retrieval, estimated, estimation))
     *cache, policy = ("clock",) if buffer is None else buffer.cache
-    options = (selector, token_budget, cache, policy, name)
-    out, lse, lower, upper = _wave(q[:, 0], *store, *config.spec, *query, *options)
+    options = (selector, token_budget, seed, index.capacity if return_read else 0, cache, policy, name)
+    out, lse, lower, upper, read = _wave(q[:, 0], *store, *config.spec, *query, *options)
     found: list[Tensor | ErrorBound] = [out[:, None]]
     if return_lse:
         found.append(lse[:, None])
     if return_error_bound:
         found.append(ErrorBound(lower[:, None], upper[:, None]))
+    if return_read:
+        found.append(read)
     return tuple(found) if len(found) > 1 else out[:, None]
 
 
@@ -134,7 +148,7 @@ def _check_query(fn: str, q: Tensor, index: WaveIndex) -> None:
         raise ValueError(f"{fn}: q must not require a gradient: decode under torch.no_grad()")
 
 
-def _check_selector(
+def check_selector(
     fn: str, selector: str, token_budget: float | None, retrieval_ratio: float | None, bound: bool
 ) -> None:
     if selector not in SELECTORS:
@@ -184,12 +198,20 @@ def _attend(backend: str) -> Callable[..., Attended]:
     return attend
 
 
-def _select(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _select(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     if backend == "reference":
         return wave_reference.select
     from .kernels.retroinfer.selectors import attend
 
     return attend
+
+
+def _read(backend: str) -> Callable[[Tensor, Store, Spec, int], Tensor]:
+    if backend == "reference":
+        return wave_reference.read_slots
+    from .kernels.retroinfer.reads import read_slots
+
+    return read_slots
 
 
 @torch.library.custom_op("attnlab::wave_attention", mutates_args=("cache",))
@@ -227,10 +249,12 @@ def _wave(
     bounds: bool,
     selector: str,
     token_budget: float | None,
+    seed: int,
+    width: int,
     cache: list[Tensor],
     policy: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     store = Store(
         centroids, value_means, radius, steps, offsets, tokens, k, v, k_steady, v_steady, lengths, indexed, clusters,
         budgets,
@@ -238,15 +262,21 @@ def _wave(
     spec = Spec(sink, local, segment, tokens_per_cluster, iterations, global_pass, max_cluster, update_every)
     query = Query(scale, reduce, weight_by_size, estimation, k_slots, max_error, bounds)
     if selector != "wave" or token_budget is not None:
-        out, lse = _select(backend)(q, store, query, spec, selector, token_budget or 1.0)
-        return out, lse, lse.new_empty(0), lse.new_empty(0)
+        out, lse, read = _select(backend)(q, store, query, spec, selector, token_budget or 1.0, seed, width)
+        return out, lse, lse.new_empty(0), lse.new_empty(0), read
     found = _attend(backend)(q, store, query, spec, cache=Cache._make([*cache, policy]) if cache else None)
     lower, upper = (found.lse.new_empty(0) if x is None else x for x in (found.lower, found.upper))
-    return found.out, found.lse, lower, upper
+    read = _read(backend)(found.chosen, store, spec, width) if width else _nothing(q, k)
+    return found.out, found.lse, lower, upper, read
+
+
+def _nothing(q: Tensor, k: Tensor, width: int = 0) -> Tensor:
+    return q.new_zeros(q.shape[0], k.shape[1], width, dtype=torch.bool)
 
 
 @_wave.register_fake
 def _(q, *options):  # type: ignore[no-untyped-def]
     lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    bounds = options[-6]
-    return q.new_empty(q.shape), lse, *(lse.new_empty(lse.shape if bounds else 0) for _ in range(2))
+    bounds, width, k = options[-8], options[-4], options[6]
+    read = _nothing(q, k, width)
+    return q.new_empty(q.shape), lse, *(lse.new_empty(lse.shape if bounds else 0) for _ in range(2)), read

@@ -109,20 +109,36 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec, cache: Cache | Non
     return Attended(out, lse, chosen, lower if query.bounds else None, upper if query.bounds else None)
 
 
-def select(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, budget: float) -> tuple[Tensor, Tensor]:
-    """Each row by the reference's selectors, as `attend`."""
+def select(
+    q: Tensor, store: Store, query: Query, spec: Spec, selector: str, budget: float, seed: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row by the reference's selectors, as `attend`; and the tokens read, `[B, G, width]`."""
     out, acc = torch.zeros_like(q), torch.promote_types(q.dtype, torch.float32)
+    found = torch.zeros(*store.k.shape[:2], width, dtype=torch.bool, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
     int8 = store.centroids.dtype == torch.int8
     for b, (length, indexed, clusters, _, e) in enumerate(counts(store)):
         if length:
             row = token_order(store, b, length, indexed, spec)
-            out[b], lse[b], _ = reference.select_attention(
+            out[b], lse[b], seen = reference.select_attention(
                 q[b], row.k, row.v, regrouped(row, clusters, spec, int8), options(spec), selector=selector,
                 budget=budget, scale=query.scale, estimation_ratio=e / max(clusters, 1), estimation=query.estimation,
-                group_reduce=query.reduce,
+                group_reduce=query.reduce, seed=seed,
             )  # fmt: skip
-    return out, lse
+            if width:
+                found[b, :, :length] = seen
+    return out, lse, found
+
+
+def read_slots(chosen: Tensor, store: Store, spec: Spec, width: int) -> Tensor:
+    """bool `[B, G, width]`, by position: the tokens read where the clusters `chosen [B, G, K]` are, -1 aside."""
+    found = torch.zeros(*chosen.shape[:2], width, dtype=torch.bool, device=chosen.device)
+    for b, (length, indexed, *_) in enumerate(counts(store)):
+        row = token_order(store, b, length, indexed, spec)
+        found[b, :, steady_positions(length, indexed, spec, found.device)] = True
+        for g, labels in enumerate(row.labels):
+            found[b, g, spec.sink : spec.sink + indexed] = torch.isin(labels, chosen[b, g])
+    return found
 
 
 class Request(NamedTuple):

@@ -1,6 +1,7 @@
 """Figures from records; matplotlib is imported when one is drawn."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 # Okabe and Ito's palette: told apart with any colour vision; markers and labels say the same again.
@@ -38,3 +39,25 @@ def time_against_length(record: dict[str, Any], path: pathlib.Path) -> None:
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, metadata={"Software": None})
+
+
+def framed(size: tuple[float, float] = (6.4, 3.4)) -> tuple[Any, Any]:
+    """An empty figure of `size` inches and its axes, for notebooks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=90, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(True, which="major", color="#dddddd", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def doublings(axes: Any, at: Sequence[int], label: str) -> None:
+    """The x axis of numbers that double."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(at, [str(n) for n in at])
+    axes.minorticks_off()
+    axes.set_xlabel(label)

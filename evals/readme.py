@@ -17,12 +17,12 @@ from attnlab.evals.measure import ROOT
 
 RESULTS = ROOT / "evals" / "results"
 README = ROOT / "README.md"
-PART = re.compile(r"(<!-- (bench|demo|wave) begin[^\n]*-->\n).*?(<!-- \2 end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- (accuracy|bench|demo|testbed|wave) begin[^\n]*-->\n).*?(<!-- \2 end -->)", re.DOTALL)
 
 
 def parts(results: pathlib.Path) -> dict[str, str]:
     """The generated parts by name, from the records in `results`."""
-    makers = {"bench": _bench, "demo": _demo, "wave": _wave}
+    makers = {"accuracy": _accuracy, "bench": _bench, "demo": _demo, "testbed": _accuracy, "wave": _wave}
     found = {name: sorted(results.glob(f"{name}-*.json"), key=_cpu_first) for name in makers}
     return {name: "\n".join(map(make, found[name])) for name, make in makers.items()}
 
@@ -48,6 +48,12 @@ def _bench(path: pathlib.Path) -> str:
     return report.markdown(_load(path))
 
 
+def _accuracy(path: pathlib.Path) -> str:
+    from attnlab.evals import accuracy
+
+    return f"![{accuracy.CAPTION}](evals/results/{path.stem}.png)\n\n{accuracy.markdown(_load(path))}"
+
+
 def _demo(path: pathlib.Path) -> str:
     from attnlab.evals import demo
 
@@ -70,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("readme: README.md lies in a checkout, and this is an installed package", file=sys.stderr)
         return 2
     if options.measure:
-        from attnlab.evals import bench, demo, wave_quality
+        from attnlab.evals import accuracy, bench, demo, wave_quality
 
-        for made in (bench, demo, wave_quality):
+        for made in (bench, demo, accuracy, wave_quality):
             if status := made.main(["--out", str(RESULTS)]):
                 return status
     old = README.read_text(encoding="utf-8")

@@ -371,13 +371,15 @@ def select_attention(
     estimation: str = "ratio",
     group_reduce: str = "sum",
     page: int = 16,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Selectors at one token budget: `out [h, d]`, `lse [h]` and the tokens each KV head read, `[g, t]`.
 
     All read the steady zone, and a share `budget` of the row's tokens of the indexed ones: whole units by rank, as long
     as they fit, one at least. A unit is a token (`oracle`: ranked by its true score), a page of consecutive tokens
     (`quest`: by the largest score its minimum and maximum allow) or a cluster (`cluster`; `wave` estimates the next
-    ones as well). `full` reads everything.
+    ones as well). `full` reads everything; `random` ranks tokens by a hash of `seed`, the KV head, the row's length and
+    the position.
     """
     dtype = q.dtype
     q = q.to(accumulation_dtype(q))
@@ -394,7 +396,10 @@ def select_attention(
         pages = [x.aminmax(dim=1) for x in keys.repeat_interleave(group, 0).split(width, 1)] if index.indexed else []
         best = [torch.maximum(scale * q * low, scale * q * high).sum(-1) for low, high in pages]
         logits = torch.stack(best, -1) if best else q.new_zeros(len(q), 0)
-    order = rank(logits, sizes > 0, len(sizes), group_reduce)
+    if selector == "random":
+        order = hashed(seed, len(sizes), len(k), index.indexed, q.device).argsort(dim=-1, descending=True, stable=True)
+    else:
+        order = rank(logits, sizes > 0, len(sizes), group_reduce)
     fits = sizes.gather(1, order).cumsum(1) <= (index.indexed if selector == "full" else room)
     wanted = fits.sum(1).clamp(min=1)
     read = (first_of(order, wanted) & (sizes > 0)).gather(1, unit)
@@ -406,3 +411,15 @@ def select_attention(
     out, lse = poison(*merge_states(outs, lses), logits)
     seen = token_mask(len(k), read, options) | steady_zone(len(k), index, options)
     return out.to(dtype), lse, seen
+
+
+def hashed(seed: int, heads: int, length: int, tokens: int, device: torch.device) -> Tensor:
+    """32-bit numbers `[heads, tokens]` that look random: each argument and position stirred in with two multiplications
+    modulo `2**32`."""
+    word = torch.full((heads, tokens), seed, device=device)
+    for value in (torch.arange(heads, device=device)[:, None], length, torch.arange(tokens, device=device)):
+        word = (word ^ value) % 2**32
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            word = (word ^ word // 2**shift) * factor % 2**32
+        word = word ^ word // 2**16
+    return word

@@ -26,13 +26,16 @@ class Written:
     def __init__(self, model, dtype=torch.float64, moves=False):
         self.model, self.moves = copy.deepcopy(model.base_model).to(dtype), moves
         self.rope = RopeConfig.from_transformers(model.config)
+        self.turns = getattr(model.config, "no_rope_layers", [1] * len(self.model.layers))
 
     def turned(self, k, start, computed=None):
         """Unturned keys `[layers, T, G, D]` for positions from `start`; where moved, from `computed` on."""
         places, far = torch.arange(k.shape[1]), dict(seq_len=1)
         if not self.moves or computed is None:
-            return apply_rope(k, places + start, self.rope, **far)
-        return shift_rope(self.turned(k, computed), (places + computed, places + start), self.rope, **far)
+            turned = apply_rope(k, places + start, self.rope, **far)
+        else:
+            turned = shift_rope(self.turned(k, computed), (places + computed, places + start), self.rope, **far)
+        return torch.stack([new if turns else old for new, old, turns in zip(turned, k, self.turns)])
 
     def run(self, ids, start, past=()):
         """Unturned keys and values `[layers, T, G, D]` of `ids` from `start`, behind `past`: turned keys and values."""
@@ -45,7 +48,7 @@ class Written:
                 q, k = self.norm(block.q_norm, q), self.norm(block.k_norm, k)
             keys.append(k)
             values.append(v)
-            q, k = (self.turned(x[None], start)[0] for x in (q, k))
+            q, k = (self.turned(x.expand(len(self.turns), *x.shape), start)[i] for x in (q, k))
             k, v = (torch.cat([*(p[j][i] for p in past), new]) for j, new in enumerate((k, v)))
             x = x + block.o_proj(self.attend(q, k, v, block.scaling))
             h = self.norm(layer.post_attention_layernorm, x)

@@ -22,8 +22,9 @@ def cache_of(model, tokens):
 
 
 def move(model, k, delta):
-    """Keys `[layers, tokens, Hkv, D]` turned by `delta` positions more."""
-    angle = delta * model.base_model.rotary_emb.inv_freq.double()
+    """Keys `[layers, tokens, Hkv, D]` turned by `delta` positions more, in layers with rotary positions."""
+    turns = torch.tensor(getattr(model.config, "no_rope_layers", [1] * len(k)))[:, None, None, None]
+    angle = turns * delta * model.base_model.rotary_emb.inv_freq.double()
     a, b = k.double().chunk(2, -1)
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1).to(k.dtype)
 

@@ -28,6 +28,7 @@ MODELS = {
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1], "attention_bias": True}),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 9}),
 }
 PADDING = {"none": (0, 0), "left": (9, 0), "right": (0, 9)}

@@ -85,6 +85,7 @@ SCENARIOS = {
     "3 head": Scenario(SplitPlan("head", 2), asks=RAGGED),
     "3 head, G 1": Scenario(SplitPlan("head", 2, sizes=(1, 3)), heads=(4, 4), kind="qwen2"),
     "3 head, G 8": Scenario(SplitPlan("head", 2), heads=(16, 2)),
+    "3 head, layers without rope": Scenario(SplitPlan("head", 2), kind="smollm3"),
     "3 head, one without": Scenario(SplitPlan("head", 2, sizes=(0, 2)), kind="mistral"),
     "3 request": Scenario(SplitPlan("request", 2), asks=RAGGED, heads=(4, 4)),
     "3 request, G 8": Scenario(SplitPlan("request", 2, sizes=(1, 3)), heads=(8, 1)),

@@ -116,6 +116,34 @@ def test_progress_says_how_much_time_is_left(monkeypatch):
     assert stream.getvalue().endswith("25%    20 s  60 s left  second\x1b[K")
 
 
+def test_progress_of_steps_that_differ_goes_by_their_cost(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    with Progress(40, stream) as progress:
+        progress.step("short", 10)
+        progress.step("long", 30)
+    assert [line.split("]")[1].split()[0] for line in stream.getvalue().split("\r")[1:]] == ["0%", "25%", "100%"]
+
+
+def test_progress_ends_its_line_where_the_work_failed():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    with pytest.raises(ValueError), Progress(2, stream) as progress:
+        progress.step("first")
+        raise ValueError
+    assert stream.getvalue().endswith("first\x1b[K\n") and "100%" not in stream.getvalue()
+
+
+def test_progress_fits_on_a_line_of_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    Progress(2, stream).step("x" * 100)
+    assert (
+        stream.getvalue().count("x") == 59 - len("[] ") - 24 - len("  0%     0 s  ") and "\n" not in stream.getvalue()
+    )
+
+
 @pytest.mark.parametrize("kind", ["forward", "training", "decode"])
 def test_check_passes_what_is_right(kind):
     bench_check.check(bench_cases.Case(kind, 0, 16, 3), SMALL, CPU, "portable")
@@ -213,7 +241,7 @@ def test_readme_parts_are_replaced_between_their_markers(tmp_path):
     text = "top\n<!-- bench begin: made -->\nold\n<!-- bench end -->\nmid\n<!-- demo begin -->\n<!-- demo end -->\n"
     text += "<!-- wave begin -->\n<!-- wave end -->\n"
     assert readme.render(text, tmp_path) == text.replace("old\n", "")
-    with pytest.raises(ValueError, match="no markers for: demo, wave"):
+    with pytest.raises(ValueError, match="no markers for: accuracy, demo, testbed, wave"):
         readme.render(text.split("mid")[0], tmp_path)
 
 

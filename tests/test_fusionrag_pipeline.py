@@ -88,6 +88,8 @@ def stored(rag, chunk, neighbours=()):
         ("llama", "llama3", SYSTEM),
         ("qwen3", "yarn", SYSTEM),
         ("llama", "linear", []),
+        ("smollm3", None, SYSTEM),
+        ("smollm3", "yarn", []),
     ],
 )
 def test_rate_one_is_a_full_prefill_and_lower_rates_are_a_mixed_cache(kind, scaling, system):
@@ -225,6 +227,37 @@ def test_turning_keys_in_attention_equals_copying_them_turned(exact, monkeypatch
     a, b = pools[:2]
     torch.testing.assert_close(a.keys(1, 40), b.keys(1, 40), rtol=0, atol=1e-9)
     assert torch.equal(a.values(1, 40), b.values(1, 40))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rotary", [[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
+def test_keys_of_layers_without_rope_stay_as_they_are(rotary, turned, monkeypatch):
+    """Where attention adds nothing but in the last layer, what is stored is exact, and reuse is a full prefill."""
+    model = model_of("smollm3", no_rope_layers=rotary).double()
+    for layer in model.model.layers[:-1]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    tokens, logits = full(model, SYSTEM, CHUNKS, QUESTION, STEPS)
+    rag = FusionRAG(model, system=SYSTEM, store=ChunkStore())
+    rag.preprocess(CHUNKS, [[], [2], [0]], progress=False)
+    options = {"rate": 0, "rotate_on_load": turned}
+    reused = ask(rag, **options)
+    assert reused.tokens[0] == tuple(tokens)
+    torch.testing.assert_close(reused.logits[0], logits.double(), rtol=0, atol=1e-6)
+    pools, (k, _) = watched(monkeypatch), stitched(model, SYSTEM, CHUNKS)
+    ask(rag, **options)
+    rag.facts = dataclasses.replace(rag.facts, rotary=(True,) * 3)
+    ask(rag, **options)
+    for layer, found in enumerate(k):
+        right, always = (pool.keys(layer, 40)[0] for pool in pools)
+        torch.testing.assert_close(right, found, rtol=0, atol=1e-6)
+        assert rotary[layer] or (always - found).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("selector", ["fusionrag", "prophet", "kv_deviation", "oracle"])
+def test_selectors_read_keys_as_attention_does(selector):
+    rag = FusionRAG(model_of("smollm3", no_rope_layers=[0, 1, 0]).double(), system=SYSTEM)
+    copied, turned = (ask(rag, rate=0.3, selector=selector, rotate_on_load=x) for x in (False, True))
+    same(copied, turned)
 
 
 def test_the_pool_holds_the_stitched_cache(model, monkeypatch):

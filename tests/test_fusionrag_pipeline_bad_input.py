@@ -132,7 +132,7 @@ def test_models_it_does_not_know_are_refused(model):
     with pytest.raises(ValueError, match=r"FusionRAG: backend must be one of 'auto', 'triton', .* got 'cuda'"):
         FusionRAG(model, backend="cuda")
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)
-    with pytest.raises(ValueError, match="llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="llama, mistral, qwen2, qwen3, smollm3"):
         FusionRAG(transformers.AutoModelForCausalLM.from_config(config))
 
 

@@ -32,6 +32,8 @@ KINDS = {
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "smollm3": ("smollm3", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    "smollm3 without rope": ("smollm3", {"no_rope_layers": [0, 0, 0]}),
     **{f"llama {name}": ("llama", {"rope_parameters": {"rope_theta": 100.0, **rope}}) for name, rope in ROPES.items()},
 }
 SYSTEM = [7, 3, 11, 2, 29]
@@ -123,7 +125,7 @@ def test_where_the_kernels_run(device):
             torch.testing.assert_close(x, y, rtol=0, atol=float(1e-4 * x.abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "llama yarn"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "llama yarn", "smollm3"])
 def test_without_a_prompt(kind):
     name, changes = KINDS[kind]
     model, store = build(name, **changes), ChunkStore()
@@ -142,11 +144,11 @@ def test_stored_keys_serve_where_they_were_computed(kind):
     keys = preprocess(model, store, CHUNKS, [[1], [], [], [], []], system=SYSTEM, progress=False)
     facts, base = model_facts("f", model), len(SYSTEM)
     chunk, other = store.get(keys[0]), store.get(keys[1])
-    past = [system_kv(model, facts, SYSTEM), KV(moved(other.k, base, base, facts.rope), other.v)]
+    past = [system_kv(model, facts, SYSTEM), KV(moved(other.k, base, base, facts), other.v)]
     at = base + len(CHUNKS[1])
     own = run_behind(model, past, CHUNKS[0])
-    torch.testing.assert_close(moved(chunk.k, base, at, facts.rope), own.k, rtol=0, atol=4e-6 * own.k.abs().max())
-    reused = run_behind(model, [*past, KV(moved(chunk.k, base, at, facts.rope), chunk.v)], [5, 6])
+    torch.testing.assert_close(moved(chunk.k, base, at, facts), own.k, rtol=0, atol=4e-6 * own.k.abs().max())
+    reused = run_behind(model, [*past, KV(moved(chunk.k, base, at, facts), chunk.v)], [5, 6])
     wanted = run_behind(model, past, CHUNKS[0] + [5, 6])
     for x, y in zip(reused, wanted):
         torch.testing.assert_close(x, y[:, -2:], rtol=0, atol=float(1e-5 * y.abs().max()))
@@ -306,7 +308,8 @@ def test_facts_of_each_type():
     for kind in MODELS:
         facts = model_facts("f", build(kind))
         assert (facts.layers, facts.heads, facts.kv_heads, facts.head_dim, facts.vocab) == (3, 4, 2, 8, VOCAB)
-        assert facts.rope == RopeConfig(theta=10000.0, head_dim=8) and facts.device == torch.device("cpu")
+        assert facts.rope == RopeConfig(theta=2e6 if kind == "smollm3" else 1e4, head_dim=8)
+        assert facts.rotary == (True, kind != "smollm3", True) and facts.device == torch.device("cpu")
     assert model_facts("f", build(rope_parameters={"rope_theta": 100.0, **ROPES["dynamic"]})).rope.scaling is None
 
 
@@ -358,7 +361,7 @@ def test_a_dynamic_model_may_have_seen_a_long_sequence_before():
 
 
 def test_models_it_does_not_serve():
-    with pytest.raises(ValueError, match="f: model must be of type llama, mistral, qwen2, qwen3, got 'gpt_oss'"):
+    with pytest.raises(ValueError, match="f: model must be of type llama, mistral, qwen2, qwen3, smollm3, got 'gpt"):
         model_facts("f", build("gpt_oss"))
     with pytest.raises(TypeError, match="f: model must be a transformers model, got Linear"):
         model_facts("f", torch.nn.Linear(2, 2))

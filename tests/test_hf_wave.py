@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from types import SimpleNamespace  # noqa: E402
 
-from attnlab.hf import MoBADynamicCache, MoBAPlan, WaveCache, attention, set_plan  # noqa: E402
+from attnlab.hf import MoBADynamicCache, MoBAPlan, WaveCache, attention, set_plan, wave_cache  # noqa: E402
 from attnlab.hf.wave_cache import FullLayer, WaveLayer  # noqa: E402
 from tests.hf_models import CLOSE as FLOAT32  # noqa: E402
 from tests.hf_models import build, dense, generate, inputs, positions_of  # noqa: E402
@@ -205,10 +205,10 @@ MASKS = {
 def test_each_call_is_what_its_rows_ask_alone(padding, backend, monkeypatch):
     """A prompt, a step, two chunks, then steps over two updates: steps as `wave_attention`, chunks as dense."""
     asked = set()
-    for name in ("full_attention", "wave_attention"):
+    for module, name in ((attention, "full_attention"), (wave_cache, "wave_attention")):
         real = getattr(attnlab, name)
         spy = lambda *args, real=real, **options: asked.add(options["backend"]) or real(*args, **options)
-        monkeypatch.setattr(attention, name, spy)
+        monkeypatch.setattr(module, name, spy)
     sizes = [24, 1, 6, 5] + [1] * 20
     total = sum(sizes)
     g = torch.Generator().manual_seed(3)

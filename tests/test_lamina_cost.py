@@ -287,7 +287,7 @@ def test_attention_from_a_benchmarks_record(tmp_path):
     [
         ("Llama", {}), ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
         ("Mistral", {"tie_word_embeddings": True}), ("Qwen2", {}), ("Qwen3", {"head_dim": 48}),
-        ("Qwen3", {"attention_bias": True}),
+        ("Qwen3", {"attention_bias": True}), ("SmolLM3", {"attention_bias": True, "mlp_bias": True, "pad_token_id": 0}),
     ],
 )  # fmt: skip
 def test_weights_are_counted_from_a_configuration(kind, options):

@@ -188,7 +188,7 @@ WRONG = {
     "no function": "sample must be callable or None, got int",
     "no ids": "eos must be a sequence of ints .* got 'end'",
     "no capacity": "capacity must be a positive int, got 0",
-    "another model": "model must be of type llama, mistral, qwen2, qwen3, got 'gpt_oss'",
+    "another model": "model must be of type llama, mistral, qwen2, qwen3, smollm3, got 'gpt_oss'",
     "a replica at the leader": "joined as a replica other than the leader, got rank 0",
     "others under way": r"generate: there must be no other requests, got \[\d+\]",
     "closed": "step: the decoder is closed",
@@ -211,7 +211,7 @@ def test_what_is_refused_leaves_no_trace(started, one_thread):
 @pytest.mark.parametrize(
     ("world", "name", "message"),
     [
-        (2, "gpt_oss", "DisaggregatedDecoder: model must be of type llama, mistral, qwen2, qwen3, got 'gpt_oss'"),
+        (2, "gpt_oss", "DisaggregatedDecoder: model must be of type llama, mistral, qwen2, qwen3, smollm3, got 'gpt"),
         (3, "too many shards", "shards must be at most the 1 KV heads, got 2"),
         (3, "heads", r"sizes must sum to the 2 KV heads, got \(1, 2\)"),
         (3, "unlike replicas", "replica 1 must run the leader's model, got layers 2 for 3"),

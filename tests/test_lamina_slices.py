@@ -24,7 +24,7 @@ ROPE = {
     },
 }
 MODELS = {
-    **{kind: (kind, {}) for kind in ("llama", "mistral", "qwen2", "qwen3")},
+    **{kind: (kind, {}) for kind in ("llama", "mistral", "qwen2", "qwen3", "smollm3")},
     "one KV head": ("llama", {"num_key_value_heads": 1}),
     "as many KV heads": ("qwen3", {"num_key_value_heads": 4}),
     "eight query heads a KV head": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1}),
@@ -33,6 +33,8 @@ MODELS = {
     "untied": ("qwen2", {"tie_word_embeddings": False}),
     "head size of its own": ("qwen3", {"head_dim": 24}),
     "one layer": ("mistral", {"num_hidden_layers": 1}),
+    "no rope at all": ("smollm3", {"no_rope_layers": [0, 0, 0], "attention_bias": False}),
+    "more flags than layers": ("smollm3", {"no_rope_layers": [0, 1, 0, 1]}),
     **{f"{name} rope": ("llama", {"rope_parameters": rope}) for name, rope in ROPE.items()},
 }
 
@@ -152,7 +154,7 @@ def rounded():
     ("make", "error", "message"),
     [
         (lambda: torch.nn.Linear(2, 2), TypeError, "model must be a transformers model, got Linear"),
-        (lambda: build("gpt_oss"), ValueError, "model must be of type llama, mistral, qwen2, qwen3, got 'gpt_oss'"),
+        (lambda: build("gpt_oss"), ValueError, "must be of type llama, mistral, qwen2, qwen3, smollm3, got 'gpt_oss'"),
         (lambda: transformers.LlamaModel(build().config), ValueError, "language model's head, got LlamaModel"),
         (unequal_scales, ValueError, r"layers must scale their scores alike, got \[0.25, 0.5\]"),
         (fused, TypeError, "layer 2 of LlamaForCausalLM has no self_attn.k_proj"),

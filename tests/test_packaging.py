@@ -157,4 +157,16 @@ def test_wheel_is_pure_and_carries_its_licence(wheel: Path) -> None:
         fields = archive.read(metadata).decode()
     assert "License-Expression: Apache-2.0" in fields
     extras = set(re.findall(r"^Provides-Extra: (.+)$", fields, re.MULTILINE))
-    assert extras == {"cuda", "triton", "flash", "faiss-cpu", "faiss-gpu", "hf", "embed", "evals", "notebooks", "test"}
+    assert extras == {
+        "cuda",
+        "triton",
+        "flash",
+        "faiss-cpu",
+        "faiss-gpu",
+        "hf",
+        "embed",
+        "evals",
+        "notebooks",
+        "ruler",
+        "test",
+    }

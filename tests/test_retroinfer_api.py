@@ -283,7 +283,7 @@ def test_explain():
 @pytest.mark.parametrize("bounds", [False, True])
 def test_opcheck(backend, bounds):
     index = built(lengths=[131, 60, 5])
-    query = (0.3, "sum", False, "ratio", part(0.3, max(index.clusters)), 0.0, bounds, "wave", None)
+    query = (0.3, "sum", False, "ratio", part(0.3, max(index.clusters)), 0.0, bounds, "wave", None, 0, 0)
     store = index.store._replace(budgets=index.budgets(0.3, 0.4, "ratio"))
     args = (Q[:, 0], *store, *CONFIG.spec, *query, [], "clock", backend)
     torch.library.opcheck(torch.ops.attnlab.wave_attention.default, args)

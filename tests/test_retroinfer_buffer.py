@@ -265,7 +265,7 @@ def test_budgets_keep_their_addresses_and_count_what_is_there():
 def test_opcheck(backend, policy):
     index = built()
     buffer = WaveBuffer(index, 0.5, policy)
-    query = (0.3, "sum", False, "ratio", part(0.2, max(index.clusters)), 0.0, True, "wave", None)
+    query = (0.3, "sum", False, "ratio", part(0.2, max(index.clusters)), 0.0, True, "wave", None, 0, 0)
     store = index.store._replace(budgets=index.budgets(0.2, 0.4, "ratio"))
     args = (Q[:, 0], *store, *CONFIG.spec, *query, list(buffer.cache[:-1]), policy, backend)
     torch.library.opcheck(torch.ops.attnlab.wave_attention.default, args)

@@ -194,7 +194,7 @@ def test_gpu_backends_refuse_it(monkeypatch):
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_opcheck(backend):
     index = WaveIndex.build(K, V, INT8, lengths=[131, 60, 5])
-    query = (0.3, "sum", False, "ratio", part(0.3, max(index.clusters)), 0.0, True, "wave", None)
+    query = (0.3, "sum", False, "ratio", part(0.3, max(index.clusters)), 0.0, True, "wave", None, 0, 0)
     torch.library.opcheck(
         torch.ops.attnlab.wave_attention.default, (Q[:, 0], *index.store, *INT8.spec, *query, [], "clock", backend)
     )

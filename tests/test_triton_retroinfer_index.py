@@ -144,7 +144,7 @@ def test_opcheck(bounds, buffered, device, monkeypatch):
     monkeypatch.setattr(exact, "shares", lambda *_: 2)
     q, k, v = gaussian(2, 1, 40, 2, 1, 16, device=device)
     index = WaveIndex.build(k, v, CONFIG, lengths=[40, 5], backend="triton")
-    query = (0.3, "sum", False, "ratio", 3, 0.0, bounds, "wave", None)
+    query = (0.3, "sum", False, "ratio", 3, 0.0, bounds, "wave", None, 0, 0)
     cache = list(WaveBuffer(index, 1, "lru", page=3).cache[:-1]) if buffered else []
     args = (q[:, 0], *index.store, *CONFIG.spec, *query, cache, "lru", "triton")
     torch.library.opcheck(torch.ops.attnlab.wave_attention.default, args)

@@ -61,7 +61,7 @@ class FusionRAG:
     it takes the model's fingerprint once. Autocast is off.
 
     Args:
-        model: a transformers causal language model of Llama, Qwen2, Qwen3 or Mistral type.
+        model: a transformers causal language model of Llama, Mistral, Qwen2, Qwen3 or SmolLM3 type.
         tokenizer: of the model; None if all parts are given as token ids.
         store: where chunks are looked up, and stored when they are missing; None computes them for every call.
         system: the prompt in front of all chunks; part of every chunk's key.

@@ -47,22 +47,24 @@ class Pool:
         self.k, self.v = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
         self.table = SlotTable(rows, width, slots, device=device)
         self.shift = torch.zeros(rows, width, dtype=torch.int32, device=device) if turning else None
-        self.rope, self.shared, self.backend = facts.rope, 0, backend
+        self.facts, self.shared, self.backend = facts, 0, backend
         self.small = backend if backend in SMALL_BACKENDS else "auto"
 
     def place(self, k: Tensor, v: Tensor, shift: int) -> Tensor:
-        """Fill fresh shared slots with `k, v [layers, T, Hkv, D]`, keys turned by `shift` positions; the slots."""
+        """Fill fresh shared slots with `k, v [layers, T, Hkv, D]`, keys moved by `shift` positions; the slots."""
         layers, slots, *head = self.k.shape
         first, new = self.table.slots - self.table.free, self.table.reserve(k.shape[1])
         self.shared += k.shape[1]
         here = slice(first, first + k.shape[1])
         self.v[:, here] = v
         if shift:
-            rows = new.long() + torch.arange(layers, device=new.device)[:, None] * slots
-            all_k = self.k.view(layers * slots, *head)
-            rotate_keys(k.to(all_k.device), shift, self.rope, out=all_k, slots=rows, backend=self.small)
-        else:
-            self.k[:, here] = k
+            turned, all_k = self.facts.turned, self.k.view(layers * slots, *head)
+            rows = new.long() + torch.arange(layers, device=new.device)[turned, None] * slots
+            k_turned = k[turned].to(all_k.device)
+            rotate_keys(k_turned, shift, self.facts.rope, out=all_k, slots=rows, backend=self.small)
+        for layer, turns in enumerate(self.facts.rotary):
+            if not (turns and shift):
+                self.k[layer, here] = k[layer]
         return new
 
     def share(self, row: int, slots: Tensor, start: int, shift: int) -> None:
@@ -81,13 +83,18 @@ class Pool:
     def keys(self, layer: int, width: int) -> Tensor:
         """The keys `[rows, width, Hkv, D]` of one layer as requests see them; anything behind a row's end."""
         k = self._gather(self.k[layer], width)
-        if self.shift is None:
+        shift = self.shift_of(layer)
+        if shift is None:
             return k
-        return rotate_keys(k, self.shift[:, :width].contiguous(), self.rope, backend=self.small)
+        return rotate_keys(k, shift[:, :width].contiguous(), self.facts.rope, backend=self.small)
 
     def values(self, layer: int, width: int) -> Tensor:
         """The values, as `keys`."""
         return self._gather(self.v[layer], width)
+
+    def shift_of(self, layer: int) -> Tensor | None:
+        """`shift` where the layer's keys are to be turned, else None."""
+        return self.shift if self.facts.rotary[layer] else None
 
     def _gather(self, held: Tensor, width: int) -> Tensor:
         return held[self.table.table[:, :width].clamp(min=0).long()]
@@ -101,6 +108,7 @@ class PoolStep:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pool = self.pool
+        shift = pool.shift_of(layer)
         scatter_kv(k, v, pool.k[layer], pool.v[layer], self.slots, backend=pool.small)
         if self.watch is not None:
             self.watch(layer, q, k, v, scale)
@@ -111,8 +119,8 @@ class PoolStep:
             self.positions,
             page_table=pool.table.table,
             lengths=pool.table.lengths,
-            shift=pool.shift,
-            rope=None if pool.shift is None else pool.rope,
+            shift=shift,
+            rope=None if shift is None else pool.facts.rope,
             scale=scale,
             backend=pool.backend,
         )

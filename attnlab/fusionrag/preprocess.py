@@ -12,7 +12,6 @@ from torch import Tensor
 
 from attnlab.dispatch import check_bool, check_int, check_ints
 from attnlab.progress import Progress
-from attnlab.rope import RopeConfig
 
 from ..decoder_models import ModelFacts, model_facts
 from .models import KV, chunk_kv, run_behind, system_kv
@@ -167,18 +166,20 @@ class _Run:
         past, at = [self.system], base
         for j in self.before[i]:
             k, v = self.plain_of(j)
-            past.append(KV(moved(k, base, at, self.facts.rope), v))
+            past.append(KV(moved(k, base, at, self.facts), v))
             at += len(self.ids[j])
         k, v = run_behind(self.model, past, self.ids[i])
-        return KV(moved(k, at, base, self.facts.rope), v)
+        return KV(moved(k, at, base, self.facts), v)
 
 
-def moved(k: Tensor, old: int, new: int, rope: RopeConfig) -> Tensor:
+def moved(k: Tensor, old: int, new: int, facts: ModelFacts) -> Tensor:
     """Keys `[layers, T, Hkv, D]` of positions `old, old + 1, ...` for `new, new + 1, ...`."""
     if old == new:
         return k
     places = torch.arange(k.shape[1], device=k.device)
-    return rotate_keys(k, (places + old, places + new), rope)
+    out = k.clone()
+    out[facts.turned] = rotate_keys(k[facts.turned], (places + old, places + new), facts.rope)
+    return out
 
 
 def _one_place(a: ChunkStore, b: ChunkStore) -> bool:

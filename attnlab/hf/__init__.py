@@ -11,12 +11,19 @@ RetroInfer decodes over a `WaveCache`, whose layers hold a `WaveIndex` each:
     cache = attnlab.hf.WaveCache(model.config, attnlab.WaveConfig(), max_length=131072)
     model.generate(**inputs, past_key_values=cache)
 
+Methods are compared over it by `WaveCache(..., selector="quest", token_budget=0.1)`. Lamina's division of the cache is
+a plan as well, under which the answers stay the same:
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="attnlab_split")
+    attnlab.hf.set_split(model, attnlab.SplitPlan("head", 2))
+
 `attn_implementation="attnlab_full"` is dense attention through this library, as a baseline.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from .plan import MoBAPlan, get_plan, set_plan
+from .split import get_split, set_split
 
 if TYPE_CHECKING:
     from .attention import DECODE_TOKENS
@@ -30,8 +37,10 @@ __all__ = [
     "MoBAPlan",
     "WaveCache",
     "get_plan",
+    "get_split",
     "register",
     "set_plan",
+    "set_split",
 ]
 
 _LAZY = {
@@ -43,7 +52,7 @@ _LAZY = {
 
 
 def register() -> None:
-    """Make `attnlab_moba`, `attnlab_wave` and `attnlab_full` known to transformers, with their mask function.
+    """Make `attnlab_moba`, `attnlab_wave`, `attnlab_split` and `attnlab_full` known to transformers.
 
     Safe to repeat.
 
@@ -57,10 +66,10 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as e:
         raise ImportError("attnlab.hf needs transformers (pip install attnlab[hf])") from e
-    from .attention import full_forward, moba_forward, wave_forward
+    from .attention import full_forward, moba_forward, split_forward, wave_forward
     from .masks import padding_mask
 
-    for forward in (full_forward, moba_forward, wave_forward):
+    for forward in (full_forward, moba_forward, split_forward, wave_forward):
         name = f"attnlab_{forward.__name__.removesuffix('_forward')}"
         AttentionInterface.register(name, forward)
         AttentionMaskInterface.register(name, padding_mask)

@@ -1,4 +1,4 @@
-"""The attention functions transformers calls: `attnlab_moba`, `attnlab_wave` and the dense baseline `attnlab_full`."""
+"""The attention functions transformers calls: `attnlab_moba`, `attnlab_wave`, `attnlab_split`, `attnlab_full`."""
 
 import warnings
 from functools import cache, lru_cache
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnlab import full_attention, moba_attention, wave_attention
+from attnlab import full_attention, moba_attention
 from attnlab.dispatch import Call, check_scale, pick
 from attnlab.moba import DENSE
 from attnlab.moba_decoding import BACKENDS as DECODERS
@@ -15,6 +15,7 @@ from attnlab.moba_decoding import DECODE_QUERIES as DECODE_TOKENS
 
 from .masks import Packing, appended, arrivals, from_kwargs, packing, pattern
 from .plan import MoBAPlan, layer_plan
+from .split import SplitPlan, module_split, split_step
 
 _REFUSED = {
     "softcap": "attention logit soft-capping is not supported; use attn_implementation='eager'",
@@ -46,6 +47,14 @@ def wave_forward(
     return _forward("attnlab_wave", None, module, query, key, value, attention_mask, **kwargs), None
 
 
+def split_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Single tokens over the shards of the model's `SplitPlan`, dense for all else. Shapes as for `moba_forward`."""
+    split = module_split(module)
+    return _forward("attnlab_split", None, module, query, key, value, attention_mask, split=split, **kwargs), None
+
+
 def full_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -69,6 +78,7 @@ def _forward(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    split: SplitPlan | None = None,
     **kwargs: Any,
 ) -> Tensor:
     _refuse(fn, dropout, kwargs)
@@ -93,6 +103,10 @@ def _forward(
     options = {"scale": scaling, "causal": is_causal, "sinks": s_aux}
     after_cached = is_causal and q.shape[1] < k.shape[1] and (packed is None or packed.q_index is not None)
     decoding = after_cached and q.shape[1] <= DECODE_TOKENS
+    if split is not None and window is None and after_cached and q.shape[1] == 1:
+        if packed is not None and packed.starts is None:
+            raise ValueError(f"{fn}: rows may be padded on the left only, and end with the newest token")
+        return split_step(q, k, v, split, None if packed is None else packed.starts, scaling, s_aux)[..., :width]
     if plan is None or window is not None or plan.phase == ("prefill" if decoding else "decode"):
         backend = "auto" if plan is None else DENSE.get(plan.backend, plan.backend)
         out = _packed_call(full_attention, q, k, v, packed, window=window, backend=backend, **options)
@@ -169,8 +183,7 @@ def _wave(
     new = arrivals(mask, batch, tokens, total)
     index = layer.take(k, v, new)
     if tokens == 1:
-        state: Any = wave_attention(q, index, buffer=layer.buffer, scale=scale, return_lse=True, backend=layer.backend)
-        out, lse = state
+        out, lse = layer.attend(q, scale)
         return out if sinks is None else (out * (lse - sinks).sigmoid()[..., None]).to(out.dtype)
     if not first:
         packed = appended(new, q.device)

@@ -1,5 +1,7 @@
 """A growing cache whose layers keep block sums, so that a decode step reads those and the chosen blocks only."""
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -179,3 +181,31 @@ class MoBADynamicCache(DynamicCache):
         if self.layer_class_to_replicate is DynamicLayer:
             self.layer_class_to_replicate = MoBALayer
         self.layers = [MoBALayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+    def take_over(self, dense: Any) -> None:
+        """Hold the tokens of a dense transformers cache, of rows without padding, as if they had been prefilled here.
+
+        The dense cache stays as it is. ValueError unless this cache is empty and `dense` one of the same layers.
+        """
+        for i, theirs in taken_over("MoBADynamicCache", self, dense):
+            if isinstance(self.layers[i], MoBALayer):
+                self.layers[i].update(theirs.keys, theirs.values)
+            else:
+                self.layers[i] = copy.copy(theirs)
+
+
+def taken_over(fn: str, cache: Any, dense: Any) -> Iterator[tuple[int, Any]]:
+    """The numbered layers of a dense cache that an empty one takes over; special layers are of one type in both."""
+    layers = getattr(dense, "layers", None)
+    if layers is None:
+        raise TypeError(f"{fn}.take_over: dense must be a transformers DynamicCache, got {type(dense).__name__}")
+    if cache.get_seq_length():
+        raise ValueError(f"{fn}.take_over: this cache must be empty, it holds {cache.get_seq_length()} tokens")
+    if len(layers) != len(cache.layers):
+        raise ValueError(f"{fn}.take_over: dense must have {len(cache.layers)} layers, got {len(layers)}")
+    for i, (mine, theirs) in enumerate(zip(cache.layers, layers, strict=True)):
+        wanted = type(mine) if mine.is_sliding else DynamicLayer
+        if type(theirs) is not wanted or not theirs.is_initialized:
+            what = "an empty layer" if type(theirs) is wanted else type(theirs).__name__
+            raise ValueError(f"{fn}.take_over: dense's layer {i} must be a filled {wanted.__name__}, got {what}")
+    yield from enumerate(layers)

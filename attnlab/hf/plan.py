@@ -106,7 +106,7 @@ def set_plan(model: Any, plan: MoBAPlan | dict[str, Any] | None) -> None:
         plan = MoBAPlan.from_dict(plan)
     if plan is not None and not isinstance(plan, MoBAPlan):
         raise TypeError(f"set_plan: plan must be a MoBAPlan, a dict or None, got {type(plan).__name__}")
-    configs = _text_configs(model)
+    configs = text_configs("set_plan", model)
     if plan is not None:
         _check_fit(plan, configs[0])
     for config in configs:
@@ -118,7 +118,7 @@ def set_plan(model: Any, plan: MoBAPlan | dict[str, Any] | None) -> None:
 
 def get_plan(model: Any) -> MoBAPlan | None:
     """The plan of a transformers model or config, or None."""
-    return _plan(_text_configs(model)[0])
+    return _plan(text_configs("get_plan", model)[0])
 
 
 def layer_plan(module: Any) -> MoBAPlan | None:
@@ -156,11 +156,11 @@ def _dense_layers(plan: MoBAPlan, num_layers: int) -> frozenset[int]:
     return plan.dense_layers(num_layers)
 
 
-def _text_configs(model: Any) -> list[Any]:
+def text_configs(fn: str, model: Any) -> list[Any]:
     """The text config first, then the copies of it that a model's modules hold."""
     config = getattr(model, "config", model)
     if not hasattr(config, "get_text_config"):
-        raise TypeError(f"set_plan: expected a transformers model or config, got {type(model).__name__}")
+        raise TypeError(f"{fn}: expected a transformers model or config, got {type(model).__name__}")
     text = config.get_text_config()
     found = {id(text): text}
     for module in model.modules() if hasattr(model, "modules") else ():

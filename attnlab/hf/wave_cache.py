@@ -1,23 +1,37 @@
 """A cache whose layers keep a `WaveIndex`, so that decoding reads the best clusters of a row and estimates others."""
 
+import copy
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from attnlab.dispatch import check_int
+from attnlab.dispatch import check_bool, check_int
+from attnlab.retroinfer import check_selector, wave_attention
 from attnlab.wave_buffer import WaveBuffer, WaveStats, check_caching
 from attnlab.wave_config import WaveConfig
 from attnlab.wave_index import WaveIndex
 
+from .caches import taken_over
 from .masks import Arrivals
 from .plan import check_sparse, named_layers
 
 
+class Reading(NamedTuple):
+    """How a layer's steps read its index."""
+
+    selector: str = "wave"
+    token_budget: float | None = None
+    seed: int = 0
+    track: bool = False
+
+
 class WaveLayer(CacheLayerMixin):
     """One layer's tokens in a `WaveIndex`, `index`, made when the first ones come, and the index's `buffer`, if any.
+
+    `shares`: of each row's tokens, what each step read, `[B]`, if these are tracked.
 
     An index holds real tokens only, and which ones are is the mask's business. So `update` returns the new keys alone,
     marked with the layer, and the attention hands them to `take` together with what the mask says.
@@ -34,8 +48,10 @@ class WaveLayer(CacheLayerMixin):
         backend: str,
         device_budget: float | None = None,
         policy: str = "clock",
+        reading: Reading | None = None,
     ) -> None:
         super().__init__()
+        self.reading, self.shares = reading or Reading(), list[Tensor]()
         self.config, self.max_length, self.backend = config, max_length, backend
         self.device_budget, self.policy = device_budget, policy
         self.index, self.buffer, self._held, self._new = None, None, 0, 0
@@ -77,6 +93,27 @@ class WaveLayer(CacheLayerMixin):
         self._held += announced
         return index
 
+    def take_over(self, keys: Tensor, values: Tensor) -> None:
+        """Hold `keys, values [B, Hkv, T, D]`, real tokens all, as if they had been announced and taken."""
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        if k.shape[1] > self.max_length:
+            raise ValueError(f"WaveCache: {k.shape[1]} tokens pass max_length={self.max_length}")
+        self.lazy_initialization(keys, values)
+        self._index_for(k).append(k, v)
+        self._held = k.shape[1]
+
+    def attend(self, q: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        """Attention of the newest token `q [B, 1, Hq, D]` and its lse."""
+        index, (selector, budget, seed, track) = self.index, self.reading
+        assert index is not None  # `take` came first
+        found: Any = wave_attention(
+            q, index, buffer=self.buffer, scale=scale, selector=selector, token_budget=budget, seed=seed,
+            return_lse=True, return_read=track, backend=self.backend,
+        )  # fmt: skip
+        if track:
+            self.shares.append(found[2].sum(-1).float().mean(1) / index.store.lengths.clamp(min=1))
+        return found[0], found[1]
+
     def _index_for(self, k: Tensor) -> WaveIndex:
         batch, _, heads, dim = k.shape
         if self.index is None or (self._held == 0 and not _fits(self.index, k)):
@@ -100,6 +137,7 @@ class WaveLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens, and what the buffer caches and counts; the storage stays."""
         self._held = self._new = 0
+        self.shares = []
         if self.index is not None:
             self.index.reset()
 
@@ -147,6 +185,9 @@ class WaveCache(DynamicCache):
         backend: of `WaveIndex` and `wave_attention`.
         device_budget, policy: of a `WaveBuffer` for each indexed layer, which steps read through: on a CUDA device the
             keys and values in clusters are then kept in host memory. None: no buffers.
+        selector, token_budget: of `wave_attention`, to compare methods: what steps read in place of the wave. Random
+            tokens differ from layer to layer.
+        track_reads: count what steps read, for `read_shares`.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came. Later: beam search, `crop`,
@@ -165,6 +206,9 @@ class WaveCache(DynamicCache):
         backend: str = "auto",
         device_budget: float | None = None,
         policy: str = "clock",
+        selector: str = "wave",
+        token_budget: float | None = None,
+        track_reads: bool = False,
     ) -> None:
         fn = "WaveCache"
         if not hasattr(config, "get_text_config"):
@@ -173,13 +217,44 @@ class WaveCache(DynamicCache):
             raise TypeError(f"{fn}: wave must be a WaveConfig, got {type(wave).__name__}")
         check_int(fn, "max_length", max_length, 1)
         check_caching(fn, 1 if device_budget is None else device_budget, policy)
+        if selector != "wave" or token_budget is not None:
+            check_selector(fn, selector, token_budget, None, False)
+            if device_budget is not None:
+                raise ValueError(f"{fn}: device_budget needs selector='wave' and no token_budget, got {device_budget}")
+        check_bool(fn, "track_reads", track_reads)
         super().__init__(config=config)
         dense = named_layers(fn, full_layers, len(self.layers))
         options = (wave or WaveConfig(), max_length, backend, device_budget, policy)
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[i] = FullLayer() if i in dense else WaveLayer(*options)
+                reading = Reading(selector, token_budget, i, track_reads)
+                self.layers[i] = FullLayer() if i in dense else WaveLayer(*options, reading)
         check_sparse(fn, [not isinstance(layer, WaveLayer) for i, layer in enumerate(self.layers) if i not in dense])
+
+    def take_over(self, dense: Any) -> None:
+        """Hold the tokens of a dense transformers cache, of rows without padding, as if they had been prefilled here.
+
+        The dense cache stays as it is. ValueError unless this cache is empty, and `dense` one of the same layers, of at
+        most `max_length` tokens.
+        """
+        for i, theirs in taken_over("WaveCache", self, dense):
+            if isinstance(self.layers[i], WaveLayer):
+                self.layers[i].take_over(theirs.keys, theirs.values)
+            elif isinstance(self.layers[i], FullLayer):
+                self.layers[i].update(theirs.keys, theirs.values)
+            else:
+                self.layers[i] = copy.copy(theirs)
+
+    def read_shares(self) -> Tensor:
+        """The share of a row's tokens that each step read exactly, `[steps, B]`: the mean over heads of indexed layers.
+
+        Padding is no token. ValueError where `track_reads` is off.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, WaveLayer)]
+        if not layers[0].reading.track:
+            raise ValueError("WaveCache.read_shares: track_reads must be True")
+        steps = [torch.stack(shares).mean(0) for shares in zip(*(layer.shares for layer in layers), strict=True)]
+        return torch.stack(steps) if steps else torch.zeros(0, 0)
 
     def stats(self) -> WaveStats:
         """What the buffers did: counters, steps and all bytes summed over layers, the other sizes of one of them.

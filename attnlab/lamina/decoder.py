@@ -32,7 +32,7 @@ class DisaggregatedDecoder:
     Args:
         group: of all ranks; this is rank 0. Ranks below `replicas` run `ModelWorker(...).serve()`, the others
             `AttentionWorker(...).serve()`.
-        model: a transformers causal language model of Llama, Mistral, Qwen2 or Qwen3 type.
+        model: a transformers causal language model of Llama, Mistral, Qwen2, Qwen3 or SmolLM3 type.
         eos: ids that end a request, an int or ints. None: those of the model's generation config.
         capacity: tokens that each attention worker may hold, in whole pages; None: what the workers say themselves.
         sample: maps logits `[n, vocabulary]` to the next ids int64 `[n]`; None takes the best. Replicas need it too.

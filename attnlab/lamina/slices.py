@@ -54,7 +54,7 @@ class Slices:
         self.hidden: int = self.base.embed_tokens.weight.shape[1]
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """Of tokens at `positions`, int64 of any shape."""
+        """Of tokens at `positions`, int64 of any shape; layers without rotary positions leave it alone."""
         like = self.base.embed_tokens.weight.new_zeros(())
         cos, sin = self.base.rotary_emb(like, position_ids=positions.reshape(1, -1))
         return Rotation(cos.view(*positions.shape, -1), sin.view(*positions.shape, -1))
@@ -67,12 +67,12 @@ class Slices:
         """`q [..., Hq, D]`, and the normed stream that `key_value` reads."""
         block = self.layers[layer]
         normed = block.input_layernorm(residual)
-        return _turn(self._heads(block.self_attn, "q", normed), rotation), normed
+        return self._turned(layer, self._heads(block.self_attn, "q", normed), rotation), normed
 
     def key_value(self, layer: int, normed: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """`k, v [..., Hkv, D]`."""
         attention = self.layers[layer].self_attn
-        return _turn(self._heads(attention, "k", normed), rotation), self._heads(attention, "v", normed)
+        return self._turned(layer, self._heads(attention, "k", normed), rotation), self._heads(attention, "v", normed)
 
     def close(self, layer: int, residual: Tensor, attended: Tensor) -> Tensor:
         """The residual stream behind a layer, from the one in front and `attended [..., Hq, D]` of any float dtype."""
@@ -88,6 +88,9 @@ class Slices:
         x = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, self.facts.head_dim))
         norm = getattr(attention, f"{name}_norm", None)
         return x if norm is None else norm(x)
+
+    def _turned(self, layer: int, x: Tensor, rotation: Rotation) -> Tensor:
+        return _turn(x, rotation) if self.facts.rotary[layer] else x
 
 
 def greedy(logits: Tensor) -> Tensor:

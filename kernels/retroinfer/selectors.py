@@ -1,22 +1,26 @@
 """What a row would give if other units of it were read, at one token budget: masks over all scores, to compare quality.
 
-A unit is a token (`oracle`), a page of consecutive tokens (`quest`) or a cluster (`cluster`, `wave`).
+A unit is a token (`oracle`, `random`), a page of consecutive tokens (`quest`) or a cluster (`cluster`, `wave`).
 """
 
 import torch
 from torch import Tensor
 
 from .portable_attend import softmax_state
+from .reads import draws, slots_of, tokens_read
 from .spec import Query, Spec, Store, cdiv, from_int8, steady
 
 PAGE = 16  # indexed tokens of a page; the last one may have fewer
 
 
-def attend(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, budget: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, store: Store, query: Query, spec: Spec, selector: str, budget: float, seed: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """`out [B, Hq, D]` and `lse [B, Hq]` over the steady zone and a share `budget` of each row's tokens.
 
     Units are taken whole, in the order of their scores, up to the first that does not fit, and one at least. `wave`
-    estimates the next clusters as well, as many as `store.budgets` say; `full` reads everything.
+    estimates the next clusters as well, as many as `store.budgets` say; `full` reads everything; `random` orders tokens
+    by the draws of `seed`. The third is `tokens_read [B, G, width]`.
     """
     dtype, heads, device = q.dtype, store.k.shape[1], q.device
     q = (q.to(torch.promote_types(dtype, torch.float32)) * query.scale).unflatten(1, (heads, -1))  # [B, G, r, D]
@@ -26,7 +30,10 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, bud
     logits, read, estimated = members, live, torch.zeros_like(sizes, dtype=torch.bool)
     if selector != "full":
         unit, size, logits = _units(q, store, spec, selector, members, clusters)
-        order = _order(logits, size > 0, query.reduce)
+        if selector == "random":
+            order = _drawn(draws(seed, heads, store.lengths, size.shape[2]), size > 0)
+        else:
+            order = _order(logits, size > 0, query.reduce)
         room = (budget * store.lengths.double() + 0.5).floor().clamp(min=1)[:, None, None]
         count = (size.gather(2, order).cumsum(2) <= room).sum(2, keepdim=True).clamp(min=1)
         place = torch.empty_like(order)
@@ -44,7 +51,8 @@ def attend(q: Tensor, store: Store, query: Query, spec: Spec, selector: str, bud
         torch.cat([x.to(q.dtype) for x in values], 2).masked_fill_(~seen[..., None], 0),  # 0 * NaN is NaN
     )
     trace = torch.where(store.indexed[:, None, None] > 0, logits.logsumexp(-1) * 0, 0)  # NaN of any unit shows
-    return (out + trace[..., None]).flatten(1, 2).to(dtype), (lse + trace).flatten(1, 2)
+    found = tokens_read(read, store, spec, width)
+    return (out + trace[..., None]).flatten(1, 2).to(dtype), (lse + trace).flatten(1, 2), found
 
 
 def _units(
@@ -53,14 +61,11 @@ def _units(
     """The unit of each member `[B, G, N]`, the units' sizes `[B, G, U]` and logits `[B, G, r, U]`."""
     batch, heads, places = store.tokens.shape
     if selector in ("cluster", "wave"):
-        at = torch.arange(places, dtype=torch.int32, device=q.device).expand(batch, heads, -1).contiguous()
-        ends = store.offsets[:, :, 1:].contiguous()
-        unit = torch.searchsorted(ends, at, right=True).clamp(max=max(ends.shape[2] - 1, 0))
-        return unit, store.sizes, clusters
+        return slots_of(store), store.sizes, clusters
     # Members by position; unused places come behind them.
     live = torch.arange(places, device=q.device) < store.indexed[:, None, None]
     token = torch.where(live, store.tokens.long() - spec.sink, torch.arange(places, device=q.device))
-    if selector == "oracle":
+    if selector in ("oracle", "random"):
         logits = torch.full_like(members, -torch.inf).scatter(3, token[:, :, None].expand_as(members), members)
         return token, live.int().expand(-1, heads, -1), logits
     count = cdiv(places, PAGE)
@@ -86,3 +91,8 @@ def _order(logits: Tensor, present: Tensor, reduce: str) -> Tensor:
     shares = logits.log_softmax(-1)
     scores = shares.amax(2) if reduce == "max" else shares.logsumexp(2)
     return scores.masked_fill(~present, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+
+
+def _drawn(numbers: Tensor, present: Tensor) -> Tensor:
+    """Units by falling draw, `[B, G, U]`, absent ones last."""
+    return numbers.masked_fill(~present, -1).argsort(dim=-1, descending=True, stable=True)
