@@ -239,7 +239,7 @@ def test_a_table_is_aligned_markdown():
 
 def test_readme_parts_are_replaced_between_their_markers(tmp_path):
     text = "top\n<!-- bench begin: made -->\nold\n<!-- bench end -->\nmid\n<!-- demo begin -->\n<!-- demo end -->\n"
-    text += "<!-- wave begin -->\n<!-- wave end -->\n"
+    text += "".join(f"<!-- {name} begin -->\n<!-- {name} end -->\n" for name in ("accuracy", "testbed", "wave"))
     assert readme.render(text, tmp_path) == text.replace("old\n", "")
     with pytest.raises(ValueError, match="no markers for: accuracy, demo, testbed, wave"):
         readme.render(text.split("mid")[0], tmp_path)

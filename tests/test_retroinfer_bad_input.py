@@ -95,9 +95,9 @@ BAD_QUERY = [
     (dict(retrieval_ratio=True), TypeError, "retrieval_ratio must be a number in [0, 1], got True"),
     (dict(estimation="some"), ValueError, "estimation must be one of 'ratio', 'all', 'none', got 'some'"),
     (
-        dict(selector="random"),
+        dict(selector="best"),
         ValueError,
-        "selector must be one of 'wave', 'full', 'oracle', 'quest', 'cluster', got 'r",
+        "selector must be one of 'wave', 'full', 'oracle', 'quest', 'cluster', 'random', got 'b",
     ),
     (dict(selector="quest"), ValueError, "selector='quest' needs token_budget"),
     (dict(token_budget=0), ValueError, "token_budget must be in (0, 1], got 0"),
