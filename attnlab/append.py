@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from .dispatch import Call, check_qkv, check_scale, pick
+from .dispatch import Call, check_qkv, check_scale, kernels, pick
 from .packs import without_autocast
 from .reference import states as reference
 from .state_checks import State, check_base, check_floats, check_memory, check_target
-from .states import BACKENDS, dense, into, kernels
+from .states import BACKENDS, MODULES, dense, into
 from .views import folded
 
 FN = "append_token"
@@ -103,7 +103,7 @@ def _launch(
     if out.numel():
         given = (*map(dense, (before, q, k, v)), lse, out, to_lse)
         for o, some_q, some_k, some_v, x, to, to_x in folded(q.shape[:2], 1, *((x, 0) for x in given)):
-            kernels(backend).append(o, x, some_q, some_k, some_v, scale, base2, to, to_x)
+            kernels(MODULES[backend]).append(o, x, some_q, some_k, some_v, scale, base2, to, to_x)
 
 
 @torch.library.custom_op("attnlab::append_token", mutates_args=())
@@ -159,7 +159,7 @@ def _append_backward(
     base2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = (x if x is None else x.flatten(0, 1) for x in (dout, dlse, before, lse, q, k, v))
-    grads = kernels("portable").append_backward(*rows, scale, base2, out.flatten(0, 1))
+    grads = kernels(MODULES["portable"]).append_backward(*rows, scale, base2, out.flatten(0, 1))
     return tuple(g.contiguous().view(x.shape) for g, x in zip(grads, (before, lse, q, k, v), strict=True))
 
 

@@ -1,10 +1,12 @@
 """Which backend serves a call, and why the others cannot."""
 
 import functools
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +95,11 @@ def _gpu_reasons(call: Call) -> list[str]:
     if call.head_dim > MAX_HEAD_DIM:
         reasons.append(f"head size {call.head_dim} is over {MAX_HEAD_DIM}")
     return reasons
+
+
+def kernels(path: str) -> ModuleType:
+    """`attnlab.kernels.<path>`, looked up by name, so that importing attnlab never needs Triton."""
+    return importlib.import_module("attnlab.kernels." + path)
 
 
 Reasons = Callable[[Call], list[str]]

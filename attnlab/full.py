@@ -1,8 +1,6 @@
 """Dense attention that returns its state `(out, lse)`."""
 
 import functools
-import importlib
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,6 +13,7 @@ from .dispatch import (
     check_qkv,
     check_scale,
     check_sinks,
+    kernels,
     pick,
     portable_reasons,
     reference_reasons,
@@ -23,7 +22,7 @@ from .dispatch import (
 from .flash import flash_attention, flash_reasons
 from .packs import check_values, pack, without_autocast
 from .reference import states as reference
-from .states import State
+from .states import MODULES, State
 
 
 def full_attention(
@@ -95,11 +94,6 @@ def full_attention(
     return (out, lse) if return_lse else out
 
 
-def _module(backend: str) -> ModuleType:
-    # Looked up by name, so that importing attnlab never needs Triton.
-    return importlib.import_module("attnlab.kernels.states." + ("portable" if backend == "portable" else "launch"))
-
-
 @torch.library.custom_op("attnlab::full_attention", mutates_args=())
 @without_autocast
 def _full(
@@ -117,7 +111,7 @@ def _full(
 ) -> tuple[Tensor, Tensor]:
     if given:
         check_values("full_attention", cu_q, cu_k, len(q), len(k), causal)
-    return _module(backend).attention(q, k, v, sinks, cu_q, cu_k, causal, window, scale)
+    return kernels(MODULES[backend]).attention(q, k, v, sinks, cu_q, cu_k, causal, window, scale)
 
 
 @_full.register_fake
@@ -143,7 +137,7 @@ def _full_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dsinks = _module(backend).attention_backward(
+    dq, dk, dv, dsinks = kernels(MODULES[backend]).attention_backward(
         dout, dlse, q, k, v, sinks, out, lse, cu_q, cu_k, causal, window, scale
     )
     return dq, dk, dv, lse.new_empty(0) if dsinks is None else dsinks

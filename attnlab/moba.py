@@ -1,8 +1,5 @@
 """MoBA: block attention with a parameter-free top-k gate (arXiv 2502.13189)."""
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -16,6 +13,7 @@ from .dispatch import (
     check_sinks,
     cpu_reasons,
     cuda_reasons,
+    kernels,
     pick,
     portable_reasons,
     reference_reasons,
@@ -34,6 +32,7 @@ BACKENDS: dict[str, Reasons] = {
     "portable": portable_reasons,
     "reference": reference_reasons,
 }
+MODULES = {"cuda": "moba.launch", "triton": "moba.launch", "cpu": "cpu.moba", "portable": "moba.portable"}
 # Who computes dense attention (all of it, once topk names every block) for backends that do not.
 DENSE = {"cuda": "triton", "cpu": "portable"}
 WORKSPACE_BYTES = 2 << 30
@@ -203,12 +202,6 @@ def _within(spec: Spec, max_k: int) -> Spec:
     return spec._replace(block_size=min(spec.block_size, max(max_k, 1)))
 
 
-def _module(backend: str) -> ModuleType:
-    # Looked up by name, so that importing attnlab never needs Triton.
-    names = {"portable": "moba.portable", "cpu": "cpu.moba"}
-    return importlib.import_module("attnlab.kernels." + names.get(backend, "moba.launch"))
-
-
 def _gpu(backend: str) -> tuple[str, ...]:
     return (backend,) if backend in ("triton", "cuda") else ()
 
@@ -237,7 +230,9 @@ def _select(
         check_values("moba_select" if want_scores else "moba_attention", cu_q, cu_k, len(q), len(k), causal)
     spec = Spec(block_size, topk, causal, scale, group, sink_blocks, local_blocks, workspace_bytes)
     n = slots(spec, max_k)
-    indices, scores = _module(backend).select(q, k, cu_q, cu_k, spec, n, *_gpu(backend), want_scores=want_scores)
+    indices, scores = kernels(MODULES[backend]).select(
+        q, k, cu_q, cu_k, spec, n, *_gpu(backend), want_scores=want_scores
+    )
     return indices, q.new_empty(0, dtype=torch.float32) if scores is None else scores
 
 
@@ -279,7 +274,7 @@ def _attention(
     if replayed:
         check_choices("moba_attention", indices, cu_q, cu_k, len(k), spec, given)
     n, indices = slots(spec, max_k), indices.flatten(0, -3)
-    return _module(backend).forward(q, k, v, sinks, indices, cu_q, cu_k, spec, n, *_gpu(backend))[:2]
+    return kernels(MODULES[backend]).forward(q, k, v, sinks, indices, cu_q, cu_k, spec, n, *_gpu(backend))[:2]
 
 
 @_attention.register_fake
@@ -314,7 +309,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = Spec(block_size, topk, causal, scale, group, sink_blocks, local_blocks, workspace_bytes)
     n, indices = slots(spec, max_k), indices.flatten(0, -3)
-    dq, dk, dv, dsinks = _module(backend).backward(
+    dq, dk, dv, dsinks = kernels(MODULES[backend]).backward(
         dout, dlse, q, k, v, sinks, out, lse, indices, cu_q, cu_k, spec, n, *_gpu(backend)
     )
     return dq, dk, dv, lse.new_empty(0) if dsinks is None else dsinks

@@ -4,10 +4,8 @@
 without keys is `out = 0`, `lse = -inf`. States of disjoint key sets merge into the state of their union, in any order.
 """
 
-import importlib
 import math
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from .dispatch import (
     Reasons,
     cpu_reasons,
     cuda_alone_reasons,
+    kernels,
     pick,
     portable_reasons,
     reference_reasons,
@@ -186,11 +185,6 @@ def _check_memory(
     check_memory(FN, out, inputs, ("outs", "lses") if indptr is None else ())
 
 
-def kernels(backend: str) -> ModuleType:
-    # Looked up by name, so that importing attnlab never needs Triton.
-    return importlib.import_module("attnlab.kernels." + MODULES[backend])
-
-
 def _launch(
     outs: Tensor,
     lses: Tensor,
@@ -204,7 +198,7 @@ def _launch(
 ) -> None:
     if not out.numel():
         return
-    merge, outs = kernels(backend).merge, dense(outs)
+    merge, outs = kernels(MODULES[backend]).merge, dense(outs)
     if indptr is None:
         for o, x, to, to_x in folded(outs.shape[1:-1], 2, (outs, 1), (lses, 1), (out, 0), (lse, 0)):
             merge(o, x, factors, None, base2, to, to_x, out_scale)
@@ -304,7 +298,7 @@ def _merge_backward(
     n, d, rows = outs.shape[0], outs.shape[-1], math.prod(outs.shape[1:-1])
     shape = (rows, 1) if indptr is None else (1, rows)
     result = shape if indptr is None else (indptr.shape[0] - 1, rows)
-    douts, dlses = kernels("triton" if backend == "triton" else "portable").merge_backward(
+    douts, dlses = kernels(MODULES["triton" if backend == "triton" else "portable"]).merge_backward(
         dense(dout.reshape(*result, d)), None if dlse is None else dlse.reshape(result),
         dense(outs).reshape(n, *shape, d), lses.reshape(n, *shape), _factors(lse_scale, temperature, factor, lses),
         None if indptr is None else indptr.long(), base2, out.reshape(*result, d), lse.reshape(result),

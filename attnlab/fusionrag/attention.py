@@ -1,7 +1,5 @@
 """Exact causal attention of some tokens' queries over a cache of all keys."""
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from ..dispatch import (
     check_qkv,
     check_scale,
     cpu_reasons,
+    kernels,
     pick,
     portable_reasons,
     reference_reasons,
@@ -264,11 +263,6 @@ def _bottom_right(positions: Tensor, cu_q: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(real, before[:-1] - last + lengths[request], -1).clamp(min=-1)
 
 
-def _module(backend: str) -> ModuleType:
-    # Looked up by name, so that importing attnlab never needs Triton.
-    return importlib.import_module("attnlab.kernels." + MODULES[backend])
-
-
 @torch.library.custom_op("attnlab::selective_attention", mutates_args=())
 @without_autocast
 def _selective(
@@ -292,7 +286,7 @@ def _selective(
 ) -> tuple[Tensor, Tensor]:
     _check_values(positions, cu_q, cu_k, table, lengths, len(k), capacity, width, given)
     keys = _keys(k, v, cu_k, table, lengths, cos, sin, interleaved)
-    return _module(backend).forward(q, keys, _rows(positions, cu_q, keys.lengths, shortcut), cu_q, scale)
+    return kernels(MODULES[backend]).forward(q, keys, _rows(positions, cu_q, keys.lengths, shortcut), cu_q, scale)
 
 
 @_selective.register_fake
@@ -322,7 +316,7 @@ def _selective_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys = _keys(k, v, cu_k, None, lengths, cos, sin, interleaved)
     rows = _rows(positions, cu_q, keys.lengths, shortcut)
-    return _module("portable").backward(dout, dlse, q, keys, out, lse, rows, cu_q, scale)
+    return kernels(MODULES["portable"]).backward(dout, dlse, q, keys, out, lse, rows, cu_q, scale)
 
 
 @_selective_backward.register_fake

@@ -1,7 +1,5 @@
 """Attention of new tokens over the keys before them, as states: what each shard of a split attention computes."""
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from ..dispatch import (
     check_qkv,
     check_scale,
     cpu_reasons,
+    kernels,
     pick,
     portable_reasons,
     reference_reasons,
@@ -203,11 +202,6 @@ def cache_of(k: Tensor, v: Tensor, lengths: Tensor | None, table: Tensor | None)
     return Cache(k, v, table, lengths)
 
 
-def kernels(backend: str) -> ModuleType:
-    # Looked up by name, so that importing attnlab never needs Triton.
-    return importlib.import_module("attnlab.kernels." + MODULES[backend])
-
-
 def _like(q: Tensor, dtype: torch.dtype) -> State:
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape, dtype=dtype), lse
@@ -227,7 +221,7 @@ def _decode(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     check_values("split_decode", k, lengths, table)
-    return kernels(backend).decode(q, cache_of(k, v, lengths, table), scale, splits, dtype)
+    return kernels(MODULES[backend]).decode(q, cache_of(k, v, lengths, table), scale, splits, dtype)
 
 
 @_decode.register_fake
@@ -252,7 +246,7 @@ def _prefix_decode(
 ) -> tuple[Tensor, Tensor]:
     check_values("shared_prefix_decode", k, lengths, table)
     cache = cache_of(k, v, lengths, table)
-    return kernels(backend).prefix_decode(q, k_prefix, v_prefix, cache, scale, splits, dtype)
+    return kernels(MODULES[backend]).prefix_decode(q, k_prefix, v_prefix, cache, scale, splits, dtype)
 
 
 @_prefix_decode.register_fake

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import Call, check_scale, pick
+from ..dispatch import Call, check_scale, kernels, pick
 from ..states import State, merge_states
-from .decode import BACKENDS, cache_of, check_call, check_no_gradient, check_values, kernels, split_decode
+from .decode import BACKENDS, MODULES, cache_of, check_call, check_no_gradient, check_values, split_decode
 from .plan import Shard, SplitPlan
 
 FN = "split_attention"
@@ -108,8 +108,8 @@ def _shards(
         check_values(FN, k, n, table)
     caches = [cache_of(*shard) for shard in zip(ks, vs, lengths, tables, strict=True)]
     if dim is None:
-        return kernels("cpu").decode_joined(queries, caches, scale, None, queries[0].dtype)
-    outs, lses = zip(*kernels("cpu").decode_apart(queries, caches, scale, None, queries[0].dtype), strict=True)
+        return kernels(MODULES["cpu"]).decode_joined(queries, caches, scale, None, queries[0].dtype)
+    outs, lses = zip(*kernels(MODULES["cpu"]).decode_apart(queries, caches, scale, None, queries[0].dtype), strict=True)
     return torch.cat(outs, dim), torch.cat(lses, dim)
 
 

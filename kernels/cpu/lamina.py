@@ -44,8 +44,7 @@ def prefix_decode(
     """The same after `k_prefix, v_prefix [T, Hkv, D]`, which all rows see and which are read once for all of them."""
     length = torch.tensor([len(k_prefix)], dtype=torch.int32)
     prefix = Cache(k_prefix[None], v_prefix[None], None, length)
-    out, lse = decode_joined([q, q.flatten(0, 1)[None]], [cache, prefix], scale, splits, dtype)
-    return out, lse
+    return decode_joined([q, q.flatten(0, 1)[None]], [cache, prefix], scale, splits, dtype)
 
 
 def decode_joined(
